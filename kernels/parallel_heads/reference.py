@@ -1,0 +1,40 @@
+"""Plain torch definition of the parallel heads: the ground truth for every other version.
+
+Source: Gumiho (arXiv 2503.10135) Table 5 and its reference code.  With m = cat[o_1, ..., o_S]:
+
+    z = SiLU(W[i,0] m + b[i,0])                 S*H -> H, no residual
+    z = z + SiLU(W[i,j] z + b[i,j]), j = 1..5   H -> H
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+HEAD_STAGES = 6
+
+
+class HeadWeights(NamedTuple):
+    """Weights of n heads, stacked; W maps x to ``W x`` as in ``nn.Linear``."""
+
+    first_weight: Tensor  # [n, H, S*H]
+    first_bias: Tensor  # [n, H]
+    weight: Tensor  # [n, 5, H, H]
+    bias: Tensor  # [n, 5, H]
+
+    def take(self, count: int) -> HeadWeights:
+        """The first ``count`` heads, as views."""
+        return HeadWeights(*(t[:count] for t in self))
+
+
+def parallel_heads_reference(m: Tensor, weights: HeadWeights) -> Tensor:
+    """``m [B, S*H]`` -> ``z [n, B, H]`` in m's dtype, computed head by head in float32."""
+    out = m.new_empty(weights.first_weight.shape[0], m.shape[0], weights.first_weight.shape[1])
+    for i, z in enumerate(out):
+        x = F.silu(F.linear(m.float(), weights.first_weight[i].float(), weights.first_bias[i].float()))
+        for j in range(HEAD_STAGES - 1):
+            x = x + F.silu(F.linear(x, weights.weight[i, j].float(), weights.bias[i, j].float()))
+        z.copy_(x)
+    return out

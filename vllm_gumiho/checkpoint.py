@@ -1,0 +1,389 @@
+"""Every Gumiho checkpoint format, read and written here and nowhere else.
+
+Formats: the released layout (``pytorch_model.bin`` or safetensors, sharded or not, with or without config.json)
+and the speculators layout (safetensors and a config.json with ``speculators_model_type: "gumiho"``).  Tensor names
+are the released ones in both.  A weight may be int8 with a ``<name>_scale`` of one value a row; it is widened when
+read.  Numbers of heads, serial steps and layers come from the tensors, never from a config.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+HEAD_STAGES = 6
+SPECULATORS_TYPE = "gumiho"
+ARCHITECTURE = "EagleGumihoForCausalLM"
+
+_SCALE = "_scale"
+_LAYER_KEYS = (
+    "model_type", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "rope_theta",
+    "rope_scaling", "vocab_size",
+)  # fmt: skip
+_LAYER = re.compile(
+    r"layers\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj|input_layernorm|post_attention_layernorm)\.weight"
+)
+_STAGE = re.compile(r"mlp\.(\d+)\.(\d+)\.linear\.(weight|bias)")
+_DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "F64": torch.float64,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used.  The message names the file or tensor, the reason and the remedy."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+
+
+@dataclass(frozen=True)
+class DrafterSizes:
+    """What the tensors say.  Rows of q/k projections are head counts times the head dimension."""
+
+    hidden_size: int
+    intermediate_size: int
+    query_size: int
+    key_size: int
+    num_layers: int
+    num_serial_steps: int
+    num_heads: int
+    fc_bias: bool
+    vocab_size: int | None
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """K of a full draft: serial steps and heads."""
+        return self.num_serial_steps + self.num_heads
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: names and shapes are known, no weight is in memory.  Made by `open_checkpoint`."""
+
+    path: Path
+    layout: str
+    config: dict[str, Any] | None
+    infos: dict[str, TensorInfo]
+    sizes: DrafterSizes
+
+    @property
+    def verifier(self) -> str | None:
+        """Name or path of the target the checkpoint says it was trained for."""
+        verifier = ((self.config or {}).get("speculators_config") or {}).get("verifier") or {}
+        return verifier.get("name_or_path")
+
+    @property
+    def layer_config(self) -> dict[str, Any]:
+        """Llama config of the draft layers, as far as the checkpoint has one."""
+        config = dict(self.config or {})
+        return dict(config.get("transformer_layer_config") or {}) if "speculators_model_type" in config else config
+
+    def tensors(self, keep_int8: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Yield ``(name, tensor)`` one at a time, int8 weights widened to float32 unless ``keep_int8``.
+
+        The target's embedding, which released checkpoints carry a copy of, is left out.
+
+        Raises: CheckpointError for a tensor that cannot be read or holds values that are not finite.
+        """
+        for file in sorted({info.file for info in self.infos.values()}):
+            names = [name for name, info in self.infos.items() if info.file == file and name != "embed_tokens.weight"]
+            for name, tensor in _read(file, names):
+                if not keep_int8 and name.endswith(_SCALE):
+                    continue
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise CheckpointError(f"{file}: {name} holds NaN or infinity; the file is damaged, fetch it again")
+                if tensor.dtype == torch.int8 and not keep_int8:
+                    scale_info = self.infos[name + _SCALE]
+                    ((_, scale),) = _read(scale_info.file, [name + _SCALE])
+                    tensor = tensor.float() * scale.float()[:, None]
+                yield name, tensor
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint folder (or one weight file) and check that it is a whole Gumiho drafter.
+
+    Raises: CheckpointError naming the file or tensors that are missing, unknown, misshapen or unreadable.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    files = _weight_files(path)
+    config = _read_config(folder / "config.json")
+    infos: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in _list(file).items():
+            if name in infos:
+                raise CheckpointError(f"{file}: tensor {name} is also in {infos[name].file.name}; keep one of the two")
+            infos[name] = info
+    sizes = _check_tensors(path, infos)
+    layout = "speculators" if config and "speculators_model_type" in config else f"released ({files[0].suffix[1:]})"
+    return Checkpoint(path, layout, config, infos, sizes)
+
+
+def looks_like_gumiho(path: str | Path) -> bool:
+    """Whether a local folder holds a Gumiho drafter, sound or not: by its config, else by its tensor names."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return False
+    try:
+        config = _read_config(folder / "config.json")
+        if config and config.get("speculators_model_type"):
+            return config["speculators_model_type"] == SPECULATORS_TYPE
+        names = {name for file in _weight_files(folder) for name in _list(file)}
+    except CheckpointError:
+        return False
+    return "fc.weight" in names and any(_STAGE.fullmatch(name) for name in names)
+
+
+def speculators_config(sizes: DrafterSizes, verifier: str, layer_config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the speculators layout.  layer_config: Llama config of the draft layers, head counts in it.
+
+    Raises: CheckpointError when head counts or hidden size contradict the tensors.
+    """
+    layer = {"model_type": "llama", **layer_config}
+    heads, kv_heads = layer.get("num_attention_heads"), layer.get("num_key_value_heads")
+    if not heads or sizes.query_size % heads:
+        raise CheckpointError(
+            f"num_attention_heads={heads} does not divide the {sizes.query_size} rows of q_proj; "
+            "name the target with --target so that its head dimension is used"
+        )
+    head_dim = sizes.query_size // heads
+    kv_heads = kv_heads or sizes.key_size // head_dim
+    if kv_heads * head_dim != sizes.key_size:
+        raise CheckpointError(
+            f"num_key_value_heads={kv_heads} times head_dim={head_dim} is not the {sizes.key_size} rows of k_proj"
+        )
+    if layer.get("hidden_size", sizes.hidden_size) != sizes.hidden_size:
+        raise CheckpointError(f"config.json says hidden_size={layer['hidden_size']}, fc.weight {sizes.hidden_size}")
+    layer = {key: layer[key] for key in _LAYER_KEYS if key in layer}
+    layer |= {
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "num_hidden_layers": sizes.num_layers,
+    }
+    if sizes.vocab_size:
+        layer.setdefault("vocab_size", sizes.vocab_size)
+    return {
+        "speculators_model_type": SPECULATORS_TYPE,
+        "architectures": [ARCHITECTURE],
+        "num_serial_steps": sizes.num_serial_steps,
+        "num_parallel_heads": sizes.num_heads,
+        "fc_bias": sizes.fc_bias,
+        "speculators_config": {
+            "algorithm": SPECULATORS_TYPE,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": sizes.max_draft_tokens}],
+            "verifier": {"name_or_path": verifier, "architectures": []},
+        },
+        "transformer_layer_config": layer,
+    }
+
+
+def save_speculators(
+    folder: str | Path, tensors: dict[str, Tensor], verifier: str, layer_config: dict[str, Any], int8: bool = False
+) -> Checkpoint:
+    """Write a checkpoint in the speculators layout; matrices as int8 with one scale a row when ``int8``.
+
+    The files appear under their names only when whole.  Raises: CheckpointError for tensors that are no drafter.
+    """
+    folder = Path(folder)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if name != "embed_tokens.weight"}
+    if int8:
+        tensors = dict(item for name, tensor in tensors.items() for item in _quantise(name, tensor))
+    infos = {name: TensorInfo(tuple(t.shape), t.dtype, folder) for name, t in tensors.items()}
+    config = speculators_config(_check_tensors(folder, infos), verifier, layer_config)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights.with_suffix(".part"), metadata={"format": "pt"})
+    weights.with_suffix(".part").chmod(0o644)
+    weights.with_suffix(".part").replace(weights)
+    write_json(folder / "config.json", config)
+    return open_checkpoint(folder)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that a reader sees all of it or none."""
+    part = file.with_suffix(".json.part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(file)
+
+
+def _quantise(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if tensor.ndim != 2:
+        yield name, tensor.to(torch.bfloat16)
+        return
+    scale = tensor.float().abs().amax(dim=1).clamp_min(1e-12) / 127
+    yield name, (tensor.float() / scale[:, None]).round().to(torch.int8)
+    yield name + _SCALE, scale
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder; give a Gumiho checkpoint or a hub name")
+    for index_name, pattern in (
+        ("model.safetensors.index.json", "*.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
+    ):
+        files = sorted(path.glob(pattern))
+        if not files:
+            continue
+        index = path / index_name
+        if index.exists():
+            shards = set((_read_config(index) or {}).get("weight_map", {}).values())
+            missing = sorted(shard for shard in shards if not (path / shard).is_file())
+            if missing:
+                raise CheckpointError(f"{index}: shards {', '.join(missing)} are missing; fetch the checkpoint again")
+            files = sorted(path / shard for shard in shards) or files
+        return files
+    raise CheckpointError(f"{path}: no *.safetensors and no pytorch_model*.bin in it; is it a Gumiho checkpoint?")
+
+
+def _read_config(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({error}); fetch it again or remove it") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds {type(content).__name__}, not an object; fetch it again or remove it")
+    return content
+
+
+def _load_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{file}: not readable as a file of tensors ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
+            "fetch it again, or have its author save it as safetensors"
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{file}: holds something other than named tensors; expected a state dict")
+    return content
+
+
+def _list(file: Path) -> dict[str, TensorInfo]:
+    if file.suffix != ".safetensors":
+        return {name: TensorInfo(tuple(t.shape), t.dtype, file) for name, t in _load_pickle(file).items()}
+    try:
+        with safe_open(file, "pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            return {
+                name: TensorInfo(tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), torch.bool), file)
+                for name, s in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+
+
+def _read(file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as handle:
+            for name in names:
+                yield name, handle.get_tensor(name)
+    else:
+        content = _load_pickle(file)
+        for name in names:
+            yield name, content[name]
+
+
+def _check_tensors(where: Path, infos: dict[str, TensorInfo]) -> DrafterSizes:
+    """Sizes of the drafter, after checking that the tensors are exactly those of one."""
+    layers = 1 + max((int(m[1]) for m in map(_LAYER.fullmatch, infos) if m), default=-1)
+    stages = [m for m in map(_STAGE.fullmatch, infos) if m]
+    heads = 1 + max((int(m[1]) for m in stages), default=-1)
+    fc = infos.get("fc.weight")
+    if fc is None or layers == 0 or heads == 0:
+        lacking = [n for n, ok in (("fc.weight", fc), ("layers.*", layers), ("mlp.*.*.linear.*", heads)) if not ok]
+        raise CheckpointError(f"{where}: not a Gumiho checkpoint, it has no {' and no '.join(lacking)}")
+    hidden = fc.shape[0]
+    wanted: dict[str, tuple[int | None, ...]] = {"fc.weight": (hidden, 2 * hidden)}
+    fc_bias = "fc.bias" in infos
+    if fc_bias:
+        wanted["fc.bias"] = (hidden,)
+
+    def rows(name: str) -> int | None:
+        info = infos.get(name)
+        return info.shape[0] if info and len(info.shape) == 2 else None
+
+    query, key = rows("layers.0.self_attn.q_proj.weight"), rows("layers.0.self_attn.k_proj.weight")
+    inner = rows("layers.0.mlp.gate_proj.weight")
+    for i in range(layers):
+        at = f"layers.{i}."
+        wanted |= {
+            f"{at}self_attn.q_proj.weight": (query, hidden),
+            f"{at}self_attn.k_proj.weight": (key, hidden),
+            f"{at}self_attn.v_proj.weight": (key, hidden),
+            f"{at}self_attn.o_proj.weight": (hidden, query),
+            f"{at}mlp.gate_proj.weight": (inner, hidden),
+            f"{at}mlp.up_proj.weight": (inner, hidden),
+            f"{at}mlp.down_proj.weight": (hidden, inner),
+            f"{at}post_attention_layernorm.weight": (hidden,),
+        }
+        if i > 0:
+            wanted[f"{at}input_layernorm.weight"] = (hidden,)
+    first = infos.get("mlp.0.0.linear.weight")
+    serial = first.shape[1] // hidden if first and len(first.shape) == 2 else 0
+    for head in range(heads):
+        for stage in range(HEAD_STAGES):
+            width = serial * hidden if stage == 0 else hidden
+            wanted[f"mlp.{head}.{stage}.linear.weight"] = (hidden, width)
+            wanted[f"mlp.{head}.{stage}.linear.bias"] = (hidden,)
+    vocab = infos.get("embed_tokens.weight")
+    if vocab is not None:
+        wanted["embed_tokens.weight"] = (None, hidden)
+
+    missing = sorted(set(wanted) - set(infos))
+    if missing:
+        raise CheckpointError(f"{where}: tensors are missing: {_some(missing)}; fetch the checkpoint again")
+    scales = {name + _SCALE for name, info in infos.items() if info.dtype == torch.int8}
+    unknown = sorted(set(infos) - set(wanted) - scales)
+    if unknown:
+        raise CheckpointError(f"{where}: tensors that no Gumiho drafter has: {_some(unknown)}; nothing is dropped silently")
+    for name in sorted(wanted):
+        expected, info = wanted[name], infos[name]
+        fits = len(info.shape) == len(expected) and all(e is None or e == s for e, s in zip(expected, info.shape, strict=True))
+        if not fits or 0 in info.shape:
+            shown = "[" + ", ".join("any" if e is None else str(e) for e in expected) + "]"
+            raise CheckpointError(f"{where}: {name} has shape {list(info.shape)}, expected {shown} (hidden size {hidden})")
+        if info.dtype == torch.int8:
+            scale = infos.get(name + _SCALE)
+            if len(info.shape) != 2 or scale is None or scale.shape != info.shape[:1]:
+                raise CheckpointError(f"{where}: {name} is int8 and needs {name}{_SCALE} of shape [{info.shape[0]}]")
+        elif not info.dtype.is_floating_point:
+            raise CheckpointError(f"{where}: {name} is {info.dtype}; expected a floating-point type or int8 with a scale")
+    assert query and key and inner
+    if serial < 1:
+        raise CheckpointError(f"{where}: mlp.0.0.linear.weight is narrower than the hidden size {hidden}")
+    return DrafterSizes(
+        hidden_size=hidden, intermediate_size=inner, query_size=query, key_size=key, num_layers=layers,
+        num_serial_steps=serial, num_heads=heads, fc_bias=fc_bias, vocab_size=vocab.shape[0] if vocab else None,
+    )  # fmt: skip
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,181 @@
+"""From what a user writes to what vLLM's EAGLE path understands.
+
+A request for Gumiho becomes ``{"method": "eagle", "model": <folder>, ...}`` where the folder holds only a
+config.json, made here from the checkpoint's tensors and the target's config.  The draft architecture in it is what
+tells Gumiho from EAGLE further down; weights are read from the checkpoint itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_gumiho.catalogue import find_checkpoint, resolve
+from vllm_gumiho.checkpoint import (
+    ARCHITECTURE,
+    SPECULATORS_TYPE,
+    Checkpoint,
+    CheckpointError,
+    looks_like_gumiho,
+    open_checkpoint,
+    speculators_config,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, ParallelConfig
+
+METHOD = "gumiho"
+LOAD_FORMAT = "gumiho"
+logger = logging.getLogger("vllm.vllm_gumiho")
+
+
+def asks_for_gumiho(spec: dict[str, Any]) -> bool:
+    """Whether a speculative config, as the user wrote it, means Gumiho."""
+    method, model = spec.get("method"), spec.get("model")
+    if method == METHOD or model == METHOD:
+        return True
+    if method not in (None, "eagle") or not isinstance(model, str):
+        return False
+    return looks_like_gumiho(model) or model.lower().startswith("amd/gumiho-")
+
+
+def rewrite(
+    spec: dict[str, Any], target: ModelConfig, parallel: ParallelConfig, target_load_format: str
+) -> dict[str, Any]:
+    """The EAGLE-family speculative config that drafts with Gumiho for this target.
+
+    spec: the user's dict, for which `asks_for_gumiho` holds; it is not changed.
+
+    Raises: CheckpointError (a ValueError) naming what is wrong with the checkpoint, the target or the values.
+    """
+    spec = dict(spec)
+    if spec.get("method") not in (None, METHOD, "eagle"):
+        raise CheckpointError(f"model 'gumiho' goes with method 'gumiho', not {spec['method']!r}; leave out the method")
+    model = spec.get("model")
+    if model is not None and not isinstance(model, str):
+        raise CheckpointError(f"speculative model {model!r} is not a path or a hub name")
+    where = find_checkpoint(target.model) if model in (None, METHOD) else model
+    checkpoint = open_checkpoint(resolve(where, spec.get("revision")))
+    _check_features(spec, parallel)
+    tokens = _draft_length(spec.get("num_speculative_tokens"), checkpoint)
+    draft_config = derive_draft_config(checkpoint, target)
+    spec |= {
+        "method": "eagle",
+        "model": str(_publish(draft_config)),
+        "num_speculative_tokens": tokens,
+    }
+    spec.pop("revision", None)
+    if target_load_format != "dummy":
+        from vllm.config import LoadConfig
+
+        spec.setdefault("draft_load_config", LoadConfig(load_format=LOAD_FORMAT))
+    logger.info(
+        "Gumiho: checkpoint %s (%s), %d serial steps, %d heads; drafting %d tokens a step",
+        where, checkpoint.layout, checkpoint.sizes.num_serial_steps, checkpoint.sizes.num_heads, tokens,
+    )  # fmt: skip
+    return spec
+
+
+def derive_draft_config(checkpoint: Checkpoint, target: ModelConfig) -> dict[str, Any]:
+    """config.json content for the draft: sizes from the tensors, the rest from the checkpoint, else the target.
+
+    Raises: CheckpointError when hidden size, vocabulary or head dimension do not fit the target.
+    """
+    sizes, text = checkpoint.sizes, target.hf_text_config
+    if sizes.hidden_size != target.get_hidden_size():
+        raise CheckpointError(
+            f"{checkpoint.path}: hidden size {sizes.hidden_size} does not fit target {target.model}, which has "
+            f"{target.get_hidden_size()}; use a checkpoint trained for this target"
+        )
+    layer = dict(checkpoint.layer_config)
+    vocab = sizes.vocab_size or layer.get("vocab_size")
+    if vocab is not None and vocab != target.get_vocab_size():
+        raise CheckpointError(
+            f"{checkpoint.path}: vocabulary of {vocab} tokens does not fit target {target.model}, which has "
+            f"{target.get_vocab_size()}; use a checkpoint trained for this target"
+        )
+    if not layer.get("num_attention_heads"):
+        head_dim = target.get_head_size()
+        if sizes.query_size % head_dim or sizes.key_size % head_dim:
+            raise CheckpointError(
+                f"{checkpoint.path}: q_proj and k_proj have {sizes.query_size} and {sizes.key_size} rows, not "
+                f"multiples of the head dimension {head_dim} of target {target.model}, and there is no config.json "
+                "with num_attention_heads; add one"
+            )
+        layer |= {
+            "num_attention_heads": sizes.query_size // head_dim,
+            "num_key_value_heads": sizes.key_size // head_dim,
+        }
+    rope = getattr(text, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
+    layer.setdefault("hidden_act", "silu")
+    layer.setdefault("rms_norm_eps", getattr(text, "rms_norm_eps", 1e-6))
+    layer.setdefault("max_position_embeddings", getattr(text, "max_position_embeddings", 2048))
+    if not layer.get("rope_parameters") and "rope_theta" not in layer:
+        layer["rope_parameters"] = {k: rope[k] for k in rope}
+    layer["vocab_size"] = target.get_vocab_size()
+    config = speculators_config(sizes, target.model, layer)
+    config["gumiho_checkpoint"] = str(checkpoint.path.resolve())
+    return config
+
+
+def update_draft_config(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
+    """Speculators algorithm hook: fields of our config.json that the draft model reads, onto its Llama config."""
+    for key in ("num_serial_steps", "num_parallel_heads", "fc_bias"):
+        if key not in config_dict:
+            raise CheckpointError(f"config.json of a {SPECULATORS_TYPE} checkpoint has no {key}; convert it again")
+        pre_trained_config[key] = config_dict[key]
+    pre_trained_config["architectures"] = [ARCHITECTURE]
+    pre_trained_config["gumiho_checkpoint"] = config_dict.get("gumiho_checkpoint")
+
+
+def is_gumiho(vllm_config: Any) -> bool:
+    """Whether an engine config drafts with Gumiho: by its draft architecture."""
+    speculative = vllm_config.speculative_config
+    draft = getattr(speculative, "draft_model_config", None)
+    return ARCHITECTURE in (getattr(getattr(draft, "hf_config", None), "architectures", None) or ())
+
+
+def _draft_length(asked: Any, checkpoint: Checkpoint) -> int:
+    most = checkpoint.sizes.max_draft_tokens
+    if asked is None:
+        return most
+    if isinstance(asked, bool) or not isinstance(asked, int) or not 1 <= asked <= most:
+        raise CheckpointError(
+            f"num_speculative_tokens={asked!r} with {checkpoint.path}: it drafts {checkpoint.sizes.num_serial_steps} "
+            f"serial tokens and {checkpoint.sizes.num_heads} from heads; give a whole number from 1 to {most}"
+        )
+    return asked
+
+
+def _check_features(spec: dict[str, Any], parallel: ParallelConfig) -> None:
+    if parallel.pipeline_parallel_size > 1:
+        raise CheckpointError(
+            f"Gumiho shares the target's embedding and LM head, which pipeline parallelism puts on different workers; "
+            f"use pipeline_parallel_size=1 (not {parallel.pipeline_parallel_size}) and tensor parallelism instead"
+        )
+    if spec.get("parallel_drafting"):
+        raise CheckpointError("parallel_drafting is not for Gumiho, whose heads already draft in parallel; leave it out")
+
+
+def _publish(config: dict[str, Any]) -> Path:
+    """Folder with this config.json, named by its content, in vLLM's cache; in a temporary place if that is read-only."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    root = os.environ.get("VLLM_CACHE_ROOT") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "vllm"
+    )
+    for base in (Path(root).expanduser() / "gumiho", Path(tempfile.gettempdir()) / f"vllm-gumiho-{os.getuid()}"):
+        folder = base / digest
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "config.json", config)
+        except OSError as error:
+            reason = error
+            continue
+        return folder
+    raise CheckpointError(f"no place for the draft's config.json ({reason}); set VLLM_CACHE_ROOT to a writable folder")

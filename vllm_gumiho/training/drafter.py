@@ -1,0 +1,176 @@
+"""The Gumiho drafter as a trainable torch module.
+
+Source: Gumiho (ICML 2025, arXiv 2503.10135), section 3 and Table 5, and the tensor layout of the released
+checkpoints: ``fc``, ``layers.{i}`` (Llama decoder layers, layer 0 without input norm) and
+``mlp.{head}.{stage}.linear``.  The target's embedding and LM head are frozen inputs, never parameters.
+
+Shapes: R packed rows, T positions a row, H hidden size, S serial steps, n heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HEAD_STAGES = 6
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """Sizes of a drafter; all but the last three are the target's own; `vocab_size` is only passed on."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    vocab_size: int
+    num_layers: int = 2
+    num_serial_steps: int = 2
+    num_heads: int = 5
+
+    @property
+    def max_draft_tokens(self) -> int:
+        return self.num_serial_steps + self.num_heads
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotary embedding, half-split layout.  x ``[R, heads, T, D]``, positions ``[R, T]``."""
+    half = x.shape[-1] // 2
+    inv_freq = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions[:, None, :, None].float() * inv_freq
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: DrafterConfig):
+        super().__init__()
+        self.c = c
+        q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """x ``[R, T, H]``; mask bool ``[R, 1, T, (len(past) + 1) * T]``.  Appends this step's keys to ``past``."""
+        rows, length, _ = x.shape
+
+        def split(y: Tensor) -> Tensor:
+            return y.view(rows, length, -1, self.c.head_dim).transpose(1, 2)
+
+        q = rotate(split(self.q_proj(x)), positions, self.c.rope_theta)
+        k = rotate(split(self.k_proj(x)), positions, self.c.rope_theta)
+        past.append((k, split(self.v_proj(x))))
+        keys = torch.cat([k for k, _ in past], dim=2)
+        values = torch.cat([v for _, v in past], dim=2)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: DrafterConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c: DrafterConfig, has_input_norm: bool):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps) if has_input_norm else nn.Identity()
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), positions, mask, past)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Stage(nn.Module):
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features)
+
+
+class GumihoDrafter(nn.Module):
+    """``fc``, the serial Transformer and the parallel MLP heads; state-dict names are the released ones."""
+
+    def __init__(self, config: DrafterConfig):
+        super().__init__()
+        self.config = c = config
+        self.fc = nn.Linear(2 * c.hidden_size, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c, has_input_norm=i > 0) for i in range(c.num_layers))
+        self.mlp = nn.ModuleList(
+            nn.ModuleList(
+                Stage(c.hidden_size * (c.num_serial_steps if j == 0 else 1), c.hidden_size) for j in range(HEAD_STAGES)
+            )
+            for _ in range(c.num_heads)
+        )
+
+    @torch.no_grad()
+    def init_weights(self, feature_scale: float, embed_scale: float) -> None:
+        """Start as the identity on the target's feature: ``fc = [small | I]``, small residual branches.
+
+        feature_scale, embed_scale: root mean squares of the target's features and embeddings; the embedding
+        half is scaled so that a token moves the fused vector by a fifth of a feature.
+        """
+        c = self.config
+        nn.init.normal_(self.fc.weight[:, : c.hidden_size], std=0.2 * feature_scale / embed_scale / c.hidden_size**0.5)
+        self.fc.weight[:, c.hidden_size :].copy_(torch.eye(c.hidden_size))
+        nn.init.zeros_(self.fc.bias)
+        for layer in self.layers:
+            for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                nn.init.normal_(proj.weight, std=c.hidden_size**-0.5)
+            nn.init.normal_(layer.self_attn.o_proj.weight, std=0.02)
+            nn.init.normal_(layer.mlp.gate_proj.weight, std=c.hidden_size**-0.5)
+            nn.init.normal_(layer.mlp.up_proj.weight, std=c.hidden_size**-0.5)
+            nn.init.normal_(layer.mlp.down_proj.weight, std=0.02)
+        first = self.layers[0].self_attn
+        for proj in (first.q_proj, first.k_proj):
+            proj.weight.div_(feature_scale)
+
+    def fuse(self, embeds: Tensor, features: Tensor) -> Tensor:
+        """``o = fc(cat[E[x], h])``, embedding first.  ``[..., H]``, ``[..., H]`` -> ``[..., H]``."""
+        return self.fc(torch.cat((embeds, features), dim=-1))
+
+    def serial(
+        self, o: Tensor, positions: Tensor, mask: Tensor, past: list[list[tuple[Tensor, Tensor]]]
+    ) -> Tensor:
+        """Run the decoder layers on fused inputs ``[R, T, H]``; ``past[layer]`` collects keys and values."""
+        x = o
+        for layer, layer_past in zip(self.layers, past, strict=True):
+            x = layer(x, positions, mask, layer_past)
+        return x
+
+    def heads(self, m: Tensor) -> Tensor:
+        """All heads on ``m [N, S*H]`` -> ``[n, N, H]`` (paper Table 5: six linears, SiLU, residual from the second)."""
+        out = []
+        for head in self.mlp:
+            z = F.silu(head[0].linear(m))
+            for stage in list(head)[1:]:
+                z = z + F.silu(stage.linear(z))
+            out.append(z)
+        return torch.stack(out) if out else m.new_empty(0, m.shape[0], self.config.hidden_size)

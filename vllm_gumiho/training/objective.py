@@ -1,0 +1,277 @@
+"""What the drafter computes in training, and the losses on it.
+
+For a sequence x with target features h (h[t] predicts x[t+1]) and an anchor t, draft position i = 1..K predicts
+x[t+1+i], whose target distribution is softmax(lm_head(h[t+i])).
+
+``unrolled``: each serial step after the first reads the drafter's own feature of the step before, and attends to
+the first pass's keys up to the anchor and to its own earlier draft positions: what drafting sees.
+``paper``: every serial step is the first pass at its own position, on true target features (teacher forcing).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vllm_gumiho.training.drafter import GumihoDrafter
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Loss weights.  Paper's values (section 4.1 and Table 5): feature 1, ce 0.1, head i weighted 0.8^(i+1)/9.
+
+    chain_floor: an anchor's weight at draft position i is ``floor + (1 - floor) * prod_{j<i} p_j``, with p_j the
+    probability the drafter gives to the true token at position j: a draft token only counts when all before it
+    were accepted (the derivative of the expected accepted length E = sum_i prod_{j<=i} p_j).  1 switches it off.
+    """
+
+    recipe: str = "unrolled"
+    feature_weight: float = 0.1
+    ce_weight: float = 1.0
+    head_weights: tuple[float, ...] = ()
+    chain_floor: float = 1.0
+    candidates: int = 0
+    frequent: int = 0
+
+    @staticmethod
+    def paper(num_heads: int) -> Objective:
+        return Objective("paper", 1.0, 0.1, tuple(0.8 ** (i + 1) / 9 for i in range(num_heads)))
+
+    @staticmethod
+    def unrolled(num_heads: int, candidates: int = 4096, frequent: int = 2048) -> Objective:
+        """``candidates`` bounds the vocabulary of the cross-entropy (see `Candidates`); 0 takes it whole."""
+        head_weights = tuple(0.6 * 0.8**i for i in range(num_heads))
+        return Objective("unrolled", 0.1, 1.0, head_weights, 0.3, candidates, frequent)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A subset of the vocabulary for one step's cross-entropy.
+
+    The batch's own labels, the most frequent answer tokens, and uniformly drawn others.  The drawn ones stand for
+    all that were left out: ``log_weight`` is the log of how many each stands for, so that the normaliser is an
+    unbiased estimate of the full one.  No ``[positions, heads, vocab]`` tensor of the whole vocabulary exists.
+    """
+
+    ids: Tensor | None
+    log_weight: Tensor | None
+    num_sure: int = 0
+
+    @staticmethod
+    def draw(labels: Tensor, frequent: Tensor, vocab_size: int, drawn: int) -> Candidates:
+        if drawn <= 0 or drawn + frequent.numel() >= vocab_size:
+            return Candidates(None, None)
+        sure = torch.unique(torch.cat((labels.flatten(), frequent)))
+        rest = torch.ones(vocab_size, dtype=torch.bool, device=labels.device)
+        rest[sure] = False
+        others = rest.nonzero().flatten()
+        picked = others[torch.randperm(others.numel(), device=labels.device)[:drawn]]
+        log_weight = torch.zeros(sure.numel() + picked.numel(), device=labels.device)
+        if picked.numel():
+            log_weight[sure.numel() :] = torch.log(torch.tensor(others.numel() / picked.numel()))
+        return Candidates(torch.cat((sure, picked)), log_weight, sure.numel())
+
+    def column(self, tokens: Tensor) -> Tensor:
+        """Columns of tokens that are in the subset for sure (labels are)."""
+        return tokens if self.ids is None else torch.searchsorted(self.ids[: self.num_sure], tokens)
+
+    def weight(self, lm_head: Tensor) -> Tensor:
+        return lm_head if self.ids is None else lm_head[self.ids]
+
+    def logits(self, features: Tensor, weight: Tensor) -> Tensor:
+        logits = F.linear(features, weight).float()
+        return logits if self.log_weight is None else logits + self.log_weight
+
+
+def serial_mask(segments: Tensor, step: int) -> Tensor:
+    """Attention mask of serial step ``step`` (0-based), bool ``[R, 1, T, (step + 1) * T]``.
+
+    Keys: the first pass's, causal inside a segment; then one block a later step, each anchor seeing only its own.
+    """
+    length = segments.shape[1]
+    index = torch.arange(length, device=segments.device)
+    causal = (segments[:, :, None] == segments[:, None, :]) & (index[:, None] >= index[None, :])
+    own = torch.eye(length, dtype=torch.bool, device=segments.device).expand_as(causal)
+    return torch.cat([causal] + [own] * step, dim=-1)[:, None]
+
+
+def shift(x: Tensor, by: int) -> Tensor:
+    """``x[:, t + by]`` at t along the second dimension, zeros past the end."""
+    return x if by == 0 else torch.cat((x[:, by:], torch.zeros_like(x[:, :by])), dim=1)
+
+
+@dataclass
+class Drafts:
+    """``features[i]`` of draft position i + 1 at the rows' anchors: serial ones ``[R, T, H]`` each, heads ``[n, A, H]``."""
+
+    serial: list[Tensor]
+    heads: Tensor
+    anchors: Tensor  # [R, T] bool: where the heads were run
+
+
+def draft(
+    drafter: GumihoDrafter, embed: Tensor, ids: Tensor, features: Tensor, positions: Tensor, segments: Tensor,
+    anchors: Tensor, recipe: str = "unrolled",
+) -> Drafts:
+    """All draft positions' features for every anchor of packed rows.
+
+    embed ``[V, H]``; ids, positions, segments ``[R, T]``; features ``[R, T, H]``; anchors bool ``[R, T]``.
+    Position t is fed ``(E[x[t+1]], h[t])``.  Later serial steps and heads are fed the true next tokens: where a
+    draft token is wrong, verification ends the chain there, so only the true ones are ever continued from.
+    """
+    steps = drafter.config.num_serial_steps
+    past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in drafter.layers]
+    o = drafter.fuse(F.embedding(shift(ids, 1), embed), features)
+    hidden = drafter.serial(o, positions, serial_mask(segments, 0), past)
+    serial, fused = [hidden], []
+    for step in range(1, steps):
+        if recipe == "paper":
+            fused.append(shift(o, step))
+            serial.append(shift(hidden, step))
+            continue
+        fused.append(drafter.fuse(F.embedding(shift(ids, step + 1), embed), serial[-1]))
+        serial.append(drafter.serial(fused[-1], positions + step, serial_mask(segments, step), past))
+    if recipe == "paper":
+        fused.append(shift(o, steps))
+    else:
+        fused.append(drafter.fuse(F.embedding(shift(ids, steps + 1), embed), serial[-1]))
+    m = torch.cat([f[anchors] for f in fused], dim=-1)
+    return Drafts(serial, drafter.heads(m), anchors)
+
+
+def valid_anchors(segments: Tensor, answer: Tensor, position: int) -> Tensor:
+    """Anchors t whose label x[t+1+position] is an answer token of the same sequence, after at least one."""
+    by = position + 1
+    same = (shift(segments, by) == segments) & (segments > 0)
+    return same & shift(answer, by) & shift(answer, 1)
+
+
+def losses(
+    drafter: GumihoDrafter, objective: Objective, embed: Tensor, lm_head: Tensor, batch: dict[str, Tensor],
+    features: Tensor, frequent: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Training loss of one batch, and its parts for logging."""
+    ids, segments, answer = batch["input_ids"], batch["segments"], batch["answer"]
+    first = valid_anchors(segments, answer, 1)
+    drafts = draft(drafter, embed, ids, features, batch["positions"], segments, first, objective.recipe)
+    subset = Candidates.draw(ids[answer], frequent, lm_head.shape[0], objective.candidates)
+    weight = subset.weight(lm_head)
+    with torch.no_grad():
+        # The label distribution of sequence position j serves every draft position that predicts x[j+1].
+        wanted = shift(answer, 1)
+        target_log_probs = subset.logits(features[wanted], weight).log_softmax(-1)
+        target_probs = target_log_probs.exp().to(features.dtype)
+        row_of = torch.full_like(ids, -1)
+        row_of[wanted] = torch.arange(target_probs.shape[0], device=ids.device)
+
+    total = torch.zeros((), device=ids.device)
+    parts = {}
+    chain = torch.ones(int(first.sum()), device=ids.device)
+    for i in range(1, drafter.config.max_draft_tokens + 1):
+        valid = valid_anchors(segments, answer, i)
+        head = i - 1 - drafter.config.num_serial_steps
+        kept = valid[first]
+        if head < 0:
+            x, scale = drafts.serial[i - 1][valid], 1.0
+        else:
+            x, scale = drafts.heads[head][kept], objective.head_weights[head]
+        if x.shape[0] == 0:
+            continue
+        log_probs = subset.logits(x, weight).log_softmax(-1)
+        anchor_weight = objective.chain_floor + (1 - objective.chain_floor) * chain[kept]
+        ce = -(target_probs[shift(row_of, i)[valid]] * log_probs).sum(-1)
+        ce = (ce * anchor_weight).sum() / anchor_weight.sum()
+        feature = F.smooth_l1_loss(x.float(), shift(features, i)[valid].float())
+        total = total + scale * (objective.ce_weight * ce + objective.feature_weight * feature)
+        parts[f"ce_{i}"], parts[f"feature_{i}"] = ce.detach(), feature.detach()
+        truth = subset.column(shift(ids, i + 1)[valid])
+        chain = chain.masked_scatter(kept, chain[kept] * log_probs.detach().gather(1, truth[:, None])[:, 0].exp())
+    return total, parts
+
+
+@torch.no_grad()
+def hits(
+    drafter: GumihoDrafter, embed: Tensor, lm_head: Tensor, batch: dict[str, Tensor], features: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Greedy agreement with the data, per draft position, in the unrolled form whatever the recipe.
+
+    Returns int64 ``[K]`` each: anchors seen, tokens right, and right along with all positions before (accepted).
+    """
+    ids, segments, answer = batch["input_ids"], batch["segments"], batch["answer"]
+    first = valid_anchors(segments, answer, 1)
+    drafts = draft(drafter, embed, ids, features, batch["positions"], segments, first)
+    count = drafter.config.max_draft_tokens
+    seen, right, accepted = (torch.zeros(count, dtype=torch.int64) for _ in range(3))
+    alive = torch.ones(int(first.sum()), dtype=torch.bool, device=ids.device)
+    for i in range(1, count + 1):
+        valid = valid_anchors(segments, answer, i)[first]
+        x = drafts.serial[i - 1][first] if i <= drafter.config.num_serial_steps else (
+            drafts.heads[i - 1 - drafter.config.num_serial_steps]
+        )
+        hit = (F.linear(x, lm_head).argmax(-1) == shift(ids, i + 1)[first]) & valid
+        alive &= hit
+        seen[i - 1], right[i - 1], accepted[i - 1] = valid.sum(), hit.sum(), alive.sum()
+    return seen, right, accepted
+
+
+class TrainingModel(nn.Module):
+    """Drafter plus frozen target tensors, in the shape Hugging Face Trainer wants: ``forward(**batch) -> {"loss"}``."""
+
+    def __init__(self, drafter: GumihoDrafter, objective: Objective, target: FrozenTarget, frequent: Tensor):
+        super().__init__()
+        self.drafter = drafter
+        self.objective = objective
+        self._target = [target]  # in a list: neither a submodule nor in the state dict
+        self.frequent = frequent
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        target = self._target[0]
+        with torch.no_grad():
+            features = target.features(batch)
+        if not self.training:
+            seen, right, accepted = hits(self.drafter, target.embed, target.lm_head, batch, features)
+            counts = torch.stack((seen, right, accepted))[None]
+            return {"loss": torch.zeros((), device=features.device), "logits": counts}
+        loss, parts = losses(
+            self.drafter, self.objective, target.embed, target.lm_head, batch, features, self.frequent
+        )
+        return {"loss": loss, **parts}
+
+
+class FrozenTarget:
+    """The target's embedding, LM head and features; features of a row are kept when ``cache`` is set.
+
+    Features are the hidden states after the final norm (what a vLLM model's ``forward`` returns), bfloat16 in the
+    cache.
+    """
+
+    def __init__(self, model: nn.Module, cache: bool = False):
+        self.model = model.eval().requires_grad_(False)
+        self.embed = model.get_input_embeddings().weight.detach()
+        self.lm_head = model.get_output_embeddings().weight.detach()
+        self.cache: dict[int, Tensor] | None = {} if cache else None
+
+    @torch.no_grad()
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
+        keys = [] if self.cache is None else batch["index"].tolist()
+        if self.cache is not None and all(key in self.cache for key in keys):
+            return torch.stack([self.cache[key] for key in keys]).to(self.embed.device).float()
+        segments = batch["segments"]
+        mask = torch.zeros(1, device=segments.device, dtype=self.embed.dtype).where(
+            serial_mask(segments, 0), torch.finfo(self.embed.dtype).min
+        )
+        out = self.model.base_model(
+            input_ids=batch["input_ids"], position_ids=batch["positions"], attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        if self.cache is not None:
+            for key, row in zip(keys, out, strict=True):
+                self.cache[key] = row.to("cpu", torch.bfloat16)
+        return out
+
+    @torch.no_grad()
+    def probe_scale(self, batch: dict[str, Tensor]) -> Tensor:
+        """Root mean square of the features of one batch's tokens."""
+        return self.features(batch)[batch["segments"] > 0].float().square().mean().sqrt()
