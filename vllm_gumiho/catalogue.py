@@ -30,7 +30,10 @@ HEADS = {"HuggingFaceTB/SmolLM2-135M-Instruct": BUNDLED / "smollm2-135m-instruct
 
 def known_pairs() -> dict[str, str]:
     """Target to checkpoint, user's pairs first.  Raises: CheckpointError for a user table that is not one."""
-    return {**_user_pairs(), **{t: str(c) for t, c in HEADS.items()}, **RELEASED}
+    pairs = _user_pairs()
+    theirs = {target.lower() for target in pairs}
+    built_in = {target: str(checkpoint) for target, checkpoint in (*HEADS.items(), *RELEASED.items())}
+    return pairs | {target: checkpoint for target, checkpoint in built_in.items() if target.lower() not in theirs}
 
 
 def find_checkpoint(target: str) -> str:
@@ -72,7 +75,7 @@ def resolve(checkpoint: str, revision: str | None = None) -> Path:
     except Exception as error:
         raise CheckpointError(
             f"{checkpoint}: not a local folder, and the hub did not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); check the name, the network and HF_HUB_OFFLINE, "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); check the name, the network and HF_HUB_OFFLINE, "
             "or give a local folder"
         ) from error
 
@@ -88,7 +91,7 @@ def _names(target: str) -> set[str]:
 
 
 def _user_pairs() -> dict[str, str]:
-    text, source = os.environ.get(VARIABLE), VARIABLE
+    text, source = os.environ.get(VARIABLE) or None, VARIABLE
     config_home = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
     file = Path(config_home) / "vllm-gumiho" / "checkpoints.json"
     if text is not None and not text.lstrip().startswith("{"):
@@ -98,11 +101,11 @@ def _user_pairs() -> dict[str, str]:
     if text is None:
         if not file.is_file():
             return {}
-        text, source = file.read_text(), str(file)
+        source = str(file)
     try:
-        pairs = json.loads(text)
-    except ValueError as error:
+        pairs = json.loads(text or file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f'{source}: not JSON ({error}); expected {{"target": "checkpoint"}}') from error
-    if not isinstance(pairs, dict) or not all(isinstance(v, str) for v in pairs.values()):
+    if not isinstance(pairs, dict) or not all(isinstance(v, str) and v for v in pairs.values()):
         raise CheckpointError(f'{source}: expected a JSON object {{"target": "checkpoint"}} of strings')
     return pairs

@@ -9,7 +9,9 @@ read.  Numbers of heads, serial steps and layers come from the tensors, never fr
 from __future__ import annotations
 
 import json
+import math
 import re
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +27,8 @@ SPECULATORS_TYPE = "gumiho"
 ARCHITECTURE = "EagleGumihoForCausalLM"
 
 _SCALE = "_scale"
-_LAYER_KEYS = (
-    "model_type", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "rope_theta",
-    "rope_scaling", "vocab_size",
+_COPIED_KEYS = (
+    "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "rope_theta", "rope_scaling", "vocab_size",
 )  # fmt: skip
 _LAYER = re.compile(
     r"layers\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj|input_layernorm|post_attention_layernorm)\.weight"
@@ -36,7 +37,9 @@ _STAGE = re.compile(r"mlp\.(\d+)\.(\d+)\.linear\.(weight|bias)")
 _DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "F64": torch.float64,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class CheckpointError(ValueError):
@@ -89,8 +92,10 @@ class Checkpoint:
     @property
     def layer_config(self) -> dict[str, Any]:
         """Llama config of the draft layers, as far as the checkpoint has one."""
-        config = dict(self.config or {})
-        return dict(config.get("transformer_layer_config") or {}) if "speculators_model_type" in config else config
+        config = self.config or {}
+        if "speculators_model_type" in config:
+            config = config.get("transformer_layer_config") or {}
+        return {key: value for key, value in config.items() if value is not None}
 
     def tensors(self, keep_int8: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield ``(name, tensor)`` one at a time, int8 weights widened to float32 unless ``keep_int8``.
@@ -104,12 +109,12 @@ class Checkpoint:
             for name, tensor in _read(file, names):
                 if not keep_int8 and name.endswith(_SCALE):
                     continue
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise CheckpointError(f"{file}: {name} holds NaN or infinity; the file is damaged, fetch it again")
                 if tensor.dtype == torch.int8 and not keep_int8:
                     scale_info = self.infos[name + _SCALE]
                     ((_, scale),) = _read(scale_info.file, [name + _SCALE])
                     tensor = tensor.float() * scale.float()[:, None]
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise CheckpointError(f"{file}: {name} holds NaN or infinity; the file is damaged, fetch it again")
                 yield name, tensor
 
 
@@ -120,14 +125,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    files = _weight_files(path)
+    files, promised = _weight_files(path)
     config = _read_config(folder / "config.json")
+    _check_config(folder / "config.json", config or {})
     infos: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in _list(file).items():
             if name in infos:
                 raise CheckpointError(f"{file}: tensor {name} is also in {infos[name].file.name}; keep one of the two")
             infos[name] = info
+    if absent := sorted(promised - set(infos)):
+        raise CheckpointError(f"{path}: tensors of its index are missing: {_some(absent)}; fetch the checkpoint again")
     sizes = _check_tensors(path, infos)
     layout = "speculators" if config and "speculators_model_type" in config else f"released ({files[0].suffix[1:]})"
     return Checkpoint(path, layout, config, infos, sizes)
@@ -142,8 +150,8 @@ def looks_like_gumiho(path: str | Path) -> bool:
         config = _read_config(folder / "config.json")
         if config and config.get("speculators_model_type"):
             return config["speculators_model_type"] == SPECULATORS_TYPE
-        names = {name for file in _weight_files(folder) for name in _list(file)}
-    except CheckpointError:
+        names = {name for file in _weight_files(folder)[0] for name in _list(file)}
+    except (CheckpointError, OSError):
         return False
     return "fc.weight" in names and any(_STAGE.fullmatch(name) for name in names)
 
@@ -151,9 +159,10 @@ def looks_like_gumiho(path: str | Path) -> bool:
 def speculators_config(sizes: DrafterSizes, verifier: str, layer_config: dict[str, Any]) -> dict[str, Any]:
     """config.json of the speculators layout.  layer_config: Llama config of the draft layers, head counts in it.
 
-    Raises: CheckpointError when head counts or hidden size contradict the tensors.
+    Raises: CheckpointError for values of a wrong kind, or head counts or hidden size that contradict the tensors.
     """
-    layer = {"model_type": "llama", **layer_config}
+    layer = {key: value for key, value in layer_config.items() if value is not None}
+    _check_layer(layer)
     heads, kv_heads = layer.get("num_attention_heads"), layer.get("num_key_value_heads")
     if not heads or sizes.query_size % heads:
         raise CheckpointError(
@@ -168,8 +177,9 @@ def speculators_config(sizes: DrafterSizes, verifier: str, layer_config: dict[st
         )
     if layer.get("hidden_size", sizes.hidden_size) != sizes.hidden_size:
         raise CheckpointError(f"config.json says hidden_size={layer['hidden_size']}, fc.weight {sizes.hidden_size}")
-    layer = {key: layer[key] for key in _LAYER_KEYS if key in layer}
+    layer = {key: layer[key] for key in _COPIED_KEYS if key in layer}
     layer |= {
+        "model_type": "llama",
         "hidden_size": sizes.hidden_size,
         "intermediate_size": sizes.intermediate_size,
         "num_attention_heads": heads,
@@ -219,9 +229,12 @@ def save_speculators(
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON file so that a reader sees all of it or none."""
-    part = file.with_suffix(".json.part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(file)
+    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
+    try:
+        part.write_text(json.dumps(content, indent=2) + "\n")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _quantise(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -233,39 +246,86 @@ def _quantise(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield name + _SCALE, scale
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _weight_files(path: Path) -> tuple[list[Path], set[str]]:
+    """Files that hold the tensors, and the tensor names that an index of them promises."""
     if path.is_file():
-        return [path]
+        return [path], set()
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or folder; give a Gumiho checkpoint or a hub name")
     for index_name, pattern in (
         ("model.safetensors.index.json", "*.safetensors"),
         ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
     ):
-        files = sorted(path.glob(pattern))
-        if not files:
-            continue
         index = path / index_name
         if index.exists():
-            shards = set((_read_config(index) or {}).get("weight_map", {}).values())
-            missing = sorted(shard for shard in shards if not (path / shard).is_file())
-            if missing:
-                raise CheckpointError(f"{index}: shards {', '.join(missing)} are missing; fetch the checkpoint again")
-            files = sorted(path / shard for shard in shards) or files
-        return files
+            places = _read_index(index)
+            return sorted({path / shard for shard in places.values()}), set(places)
+        if files := sorted(path.glob(pattern)):
+            return files, set()
     raise CheckpointError(f"{path}: no *.safetensors and no pytorch_model*.bin in it; is it a Gumiho checkpoint?")
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensor name to file name in the index's own folder.  (The files may be links, as in the hub's cache.)"""
+    places = (_read_config(index) or {}).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index}: has no weight_map; fetch it again, or remove it if there is only one file")
+    outside = [shard for shard in places.values() if not isinstance(shard, str) or Path(shard).name != shard]
+    if outside:
+        raise CheckpointError(f"{index}: weight_map names {outside[0]!r}, which is no file of the same folder")
+    missing = sorted({shard for shard in places.values() if not (index.parent / shard).is_file()})
+    if missing:
+        raise CheckpointError(f"{index}: shards are missing: {_some(missing)}; fetch the checkpoint again")
+    return places
 
 
 def _read_config(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        content = json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable as JSON ({error}); fetch it again or remove it") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds {type(content).__name__}, not an object; fetch it again or remove it")
     return content
+
+
+def _check_config(file: Path, config: dict[str, Any]) -> None:
+    """Refuse a config.json whose speculators part has another shape than the format's."""
+    kind = config.get("speculators_model_type", SPECULATORS_TYPE)
+    if kind != SPECULATORS_TYPE:
+        raise CheckpointError(f"{file}: speculators_model_type is {kind!r}, not {SPECULATORS_TYPE!r}")
+    speculators = config.get("speculators_config") or {}
+    verifier = (speculators.get("verifier") or {}) if isinstance(speculators, dict) else {}
+    for key, value in (
+        ("transformer_layer_config", config.get("transformer_layer_config") or {}),
+        ("speculators_config", speculators),
+        ("speculators_config.verifier", verifier),
+    ):
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{file}: {key} is {value!r}, expected an object; convert the checkpoint again")
+    name = verifier.get("name_or_path")
+    if name is not None and not isinstance(name, str):
+        raise CheckpointError(f"{file}: speculators_config.verifier.name_or_path is {name!r}, expected a name or path")
+
+
+def _check_layer(layer: dict[str, Any]) -> None:
+    """Refuse values of a draft layer config that are of a wrong kind.  An absent key is no concern here."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+    counts = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "vocab_size")
+    expected: list[tuple[str, str, bool]] = [
+        *((key, "a whole number above 0", number(v := layer.get(key, 1)) and isinstance(v, int)) for key in counts),
+        *((key, "a number above 0", number(layer.get(key, 1))) for key in ("rms_norm_eps", "rope_theta")),
+        *((key, "an object", isinstance(layer.get(key, {}), dict)) for key in ("rope_parameters", "rope_scaling")),
+        ("hidden_act", "'silu', as draft layers are Llama's", layer.get("hidden_act", "silu") == "silu"),
+    ]
+    for key, kind, fits in expected:
+        if not fits:
+            raise CheckpointError(f"config of the draft layers: {key} is {layer[key]!r}, expected {kind}")
 
 
 def _load_pickle(file: Path) -> dict[str, Tensor]:
@@ -277,12 +337,19 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
                 raise
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it wants {foreign[1]}, and only tensors are read" if foreign else type(error).__name__
         raise CheckpointError(
-            f"{file}: not readable as a file of tensors ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
-            "fetch it again, or have its author save it as safetensors"
+            f"{file}: not readable as a file of tensors ({reason}); fetch it again, or have its author save it as "
+            "safetensors"
         ) from error
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{file}: holds something other than named tensors; expected a state dict")
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds {type(content).__name__}; expected a state dict of named tensors")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise CheckpointError(
+                f"{file}: its entry {name!r} is {type(value).__name__}; expected a state dict of named dense tensors"
+            )
     return content
 
 
@@ -301,26 +368,29 @@ def _list(file: Path) -> dict[str, TensorInfo]:
 
 
 def _read(file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    if file.suffix == ".safetensors":
+    if file.suffix != ".safetensors":
+        content = _load_pickle(file)
+        yield from ((name, content[name]) for name in names)
+        return
+    try:
         with safe_open(file, "pt") as handle:
             for name in names:
                 yield name, handle.get_tensor(name)
-    else:
-        content = _load_pickle(file)
-        for name in names:
-            yield name, content[name]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
 
 
 def _check_tensors(where: Path, infos: dict[str, TensorInfo]) -> DrafterSizes:
     """Sizes of the drafter, after checking that the tensors are exactly those of one."""
-    layers = 1 + max((int(m[1]) for m in map(_LAYER.fullmatch, infos) if m), default=-1)
-    stages = [m for m in map(_STAGE.fullmatch, infos) if m]
-    heads = 1 + max((int(m[1]) for m in stages), default=-1)
+    layers = len({int(m[1]) for m in map(_LAYER.fullmatch, infos) if m})
+    heads = len({int(m[1]) for m in map(_STAGE.fullmatch, infos) if m})
     fc = infos.get("fc.weight")
     if fc is None or layers == 0 or heads == 0:
         lacking = [n for n, ok in (("fc.weight", fc), ("layers.*", layers), ("mlp.*.*.linear.*", heads)) if not ok]
         raise CheckpointError(f"{where}: not a Gumiho checkpoint, it has no {' and no '.join(lacking)}")
-    hidden = fc.shape[0]
+    hidden = fc.shape[0] if fc.shape else 0
+    if hidden == 0:
+        raise CheckpointError(f"{where}: fc.weight has shape {list(fc.shape)}, expected [hidden size, 2 * hidden size]")
     wanted: dict[str, tuple[int | None, ...]] = {"fc.weight": (hidden, 2 * hidden)}
     fc_bias = "fc.bias" in infos
     if fc_bias:
@@ -363,20 +433,30 @@ def _check_tensors(where: Path, infos: dict[str, TensorInfo]) -> DrafterSizes:
     scales = {name + _SCALE for name, info in infos.items() if info.dtype == torch.int8}
     unknown = sorted(set(infos) - set(wanted) - scales)
     if unknown:
-        raise CheckpointError(f"{where}: tensors that no Gumiho drafter has: {_some(unknown)}; nothing is dropped silently")
+        raise CheckpointError(f"{where}: no Gumiho drafter has tensors {_some(unknown)}; nothing is dropped silently")
     for name in sorted(wanted):
         expected, info = wanted[name], infos[name]
-        fits = len(info.shape) == len(expected) and all(e is None or e == s for e, s in zip(expected, info.shape, strict=True))
+        fits = len(info.shape) == len(expected) and all(
+            e in (None, size) for e, size in zip(expected, info.shape, strict=True)
+        )
         if not fits or 0 in info.shape:
-            shown = "[" + ", ".join("any" if e is None else str(e) for e in expected) + "]"
-            raise CheckpointError(f"{where}: {name} has shape {list(info.shape)}, expected {shown} (hidden size {hidden})")
+            shown = ", ".join("any" if e is None else str(e) for e in expected)
+            raise CheckpointError(
+                f"{where}: {name} has shape {list(info.shape)}, expected [{shown}] (hidden size {hidden})"
+            )
         if info.dtype == torch.int8:
             scale = infos.get(name + _SCALE)
-            if len(info.shape) != 2 or scale is None or scale.shape != info.shape[:1]:
-                raise CheckpointError(f"{where}: {name} is int8 and needs {name}{_SCALE} of shape [{info.shape[0]}]")
-        elif not info.dtype.is_floating_point:
-            raise CheckpointError(f"{where}: {name} is {info.dtype}; expected a floating-point type or int8 with a scale")
-    assert query and key and inner
+            if len(info.shape) != 2 or scale is None or scale.shape != info.shape[:1] or scale.dtype not in _FLOATS:
+                raise CheckpointError(
+                    f"{where}: {name} is int8 and needs a floating-point {name}{_SCALE} of shape [{info.shape[0]}]"
+                )
+        elif info.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{where}: {name} is {info.dtype}; expected float32, float16, bfloat16, float64, or int8 with a scale"
+            )
+    assert query is not None
+    assert key is not None
+    assert inner is not None
     if serial < 1:
         raise CheckpointError(f"{where}: mlp.0.0.linear.weight is narrower than the hidden size {hidden}")
     return DrafterSizes(

@@ -29,7 +29,7 @@ class Source:
 
         def read(path: str) -> str | None:
             file = root / path if root else None
-            return file.read_text() if file and file.is_file() else None
+            return file.read_text(encoding="utf-8") if file and file.is_file() else None
 
         return Source(read)
 
@@ -95,19 +95,26 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if name not in self.awaited:
             return None
-        callbacks = self.awaited.pop(name)
-        spec = importlib.util.find_spec(name)
+        spec = self._found_by_others(name, path, target)
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            for callback in callbacks:
+            for callback in self.awaited.pop(name, ()):
                 callback(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+    def _found_by_others(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None
+    ) -> importlib.machinery.ModuleSpec | None:
+        for finder in sys.meta_path:
+            if finder is not self and (spec := finder.find_spec(name, path, target)) is not None:
+                return spec
+        return None
 
 
 _finder = _Finder()
