@@ -73,10 +73,10 @@ def resolve(checkpoint: str, revision: str | None = None) -> Path:
             )
         )
     except Exception as error:
+        reason = str(error).partition("\n")[0]
         raise CheckpointError(
             f"{checkpoint}: not a local folder, and the hub did not give it "
-            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); check the name, the network and HF_HUB_OFFLINE, "
-            "or give a local folder"
+            f"({type(error).__name__}: {reason}); check the name, the network and HF_HUB_OFFLINE, or give a folder"
         ) from error
 
 

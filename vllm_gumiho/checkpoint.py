@@ -12,7 +12,8 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ ARCHITECTURE = "EagleGumihoForCausalLM"
 
 _SCALE = "_scale"
 _COPIED_KEYS = (
-    "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "rope_theta", "rope_scaling", "vocab_size",
+    "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "rope_theta", "rope_scaling",
+    "vocab_size",
 )  # fmt: skip
 _LAYER = re.compile(
     r"layers\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj|input_layernorm|post_attention_layernorm)\.weight"
@@ -316,9 +318,12 @@ def _check_layer(layer: dict[str, Any]) -> None:
     def number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
+    def count(value: Any) -> bool:
+        return isinstance(value, int) and number(value)
+
     counts = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "vocab_size")
     expected: list[tuple[str, str, bool]] = [
-        *((key, "a whole number above 0", number(v := layer.get(key, 1)) and isinstance(v, int)) for key in counts),
+        *((key, "a whole number above 0", count(layer.get(key, 1))) for key in counts),
         *((key, "a number above 0", number(layer.get(key, 1))) for key in ("rms_norm_eps", "rope_theta")),
         *((key, "an object", isinstance(layer.get(key, {}), dict)) for key in ("rope_parameters", "rope_scaling")),
         ("hidden_act", "'silu', as draft layers are Llama's", layer.get("hidden_act", "silu") == "silu"),
@@ -388,20 +393,28 @@ def _check_tensors(where: Path, infos: dict[str, TensorInfo]) -> DrafterSizes:
     if fc is None or layers == 0 or heads == 0:
         lacking = [n for n, ok in (("fc.weight", fc), ("layers.*", layers), ("mlp.*.*.linear.*", heads)) if not ok]
         raise CheckpointError(f"{where}: not a Gumiho checkpoint, it has no {' and no '.join(lacking)}")
-    hidden = fc.shape[0] if fc.shape else 0
+
+    def most(places: Iterable[tuple[str, int]]) -> int:
+        """The size that most of these (tensor, axis) have, so that one odd tensor is the one named."""
+        shapes = ((infos[name].shape, axis) for name, axis in places if name in infos)
+        sizes = Counter(shape[axis] for shape, axis in shapes if len(shape) > axis)
+        return sizes.most_common(1)[0][0] if sizes else 0
+
+    def layer_size(*places: tuple[str, int]) -> int:
+        return most((f"layers.{i}.{name}.weight", axis) for i in range(layers) for name, axis in places)
+
+    biases = ((f"mlp.{head}.{stage}.linear.bias", 0) for head in range(heads) for stage in range(HEAD_STAGES))
+    hidden = most((("fc.weight", 0), *biases))
     if hidden == 0:
         raise CheckpointError(f"{where}: fc.weight has shape {list(fc.shape)}, expected [hidden size, 2 * hidden size]")
+    query = layer_size(("self_attn.q_proj", 0), ("self_attn.o_proj", 1))
+    key = layer_size(("self_attn.k_proj", 0), ("self_attn.v_proj", 0))
+    inner = layer_size(("mlp.gate_proj", 0), ("mlp.up_proj", 0), ("mlp.down_proj", 1))
+    serial = max(1, most((f"mlp.{head}.0.linear.weight", 1) for head in range(heads)) // hidden)
     wanted: dict[str, tuple[int | None, ...]] = {"fc.weight": (hidden, 2 * hidden)}
     fc_bias = "fc.bias" in infos
     if fc_bias:
         wanted["fc.bias"] = (hidden,)
-
-    def rows(name: str) -> int | None:
-        info = infos.get(name)
-        return info.shape[0] if info and len(info.shape) == 2 else None
-
-    query, key = rows("layers.0.self_attn.q_proj.weight"), rows("layers.0.self_attn.k_proj.weight")
-    inner = rows("layers.0.mlp.gate_proj.weight")
     for i in range(layers):
         at = f"layers.{i}."
         wanted |= {
@@ -416,8 +429,6 @@ def _check_tensors(where: Path, infos: dict[str, TensorInfo]) -> DrafterSizes:
         }
         if i > 0:
             wanted[f"{at}input_layernorm.weight"] = (hidden,)
-    first = infos.get("mlp.0.0.linear.weight")
-    serial = first.shape[1] // hidden if first and len(first.shape) == 2 else 0
     for head in range(heads):
         for stage in range(HEAD_STAGES):
             width = serial * hidden if stage == 0 else hidden
@@ -454,11 +465,6 @@ def _check_tensors(where: Path, infos: dict[str, TensorInfo]) -> DrafterSizes:
             raise CheckpointError(
                 f"{where}: {name} is {info.dtype}; expected float32, float16, bfloat16, float64, or int8 with a scale"
             )
-    assert query is not None
-    assert key is not None
-    assert inner is not None
-    if serial < 1:
-        raise CheckpointError(f"{where}: mlp.0.0.linear.weight is narrower than the hidden size {hidden}")
     return DrafterSizes(
         hidden_size=hidden, intermediate_size=inner, query_size=query, key_size=key, num_layers=layers,
         num_serial_steps=serial, num_heads=heads, fc_bias=fc_bias, vocab_size=vocab.shape[0] if vocab else None,

@@ -43,8 +43,13 @@ class Source:
     def tree(self, module: str) -> ast.Module | None:
         if module not in self._trees:
             path = module.replace(".", "/")
-            text = self._read(f"{path}.py") or self._read(f"{path}/__init__.py")
-            self._trees[module] = None if text is None else ast.parse(text)
+            text = self._read(f"{path}.py")
+            if text is None:
+                text = self._read(f"{path}/__init__.py")
+            try:
+                self._trees[module] = None if text is None else ast.parse(text)
+            except (SyntaxError, ValueError):
+                self._trees[module] = ast.Module([], [])
         return self._trees[module]
 
     def problem(self, module: str, name: str, needs: Sequence[str]) -> str | None:

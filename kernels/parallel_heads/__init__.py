@@ -1,6 +1,21 @@
 """The parallel MLP heads: ``m [B, S*H]`` -> ``z [n, B, H]``."""
 
 from vllm_gumiho.kernels.parallel_heads.batched import parallel_heads_batched
+from vllm_gumiho.kernels.parallel_heads.dispatch import HeadsPath, choose_path, launches, new_counters, parallel_heads
+from vllm_gumiho.kernels.parallel_heads.fp8 import HeadScales, dequantize_heads, quantize_heads
 from vllm_gumiho.kernels.parallel_heads.reference import HEAD_STAGES, HeadWeights, parallel_heads_reference
 
-__all__ = ["HEAD_STAGES", "HeadWeights", "parallel_heads_batched", "parallel_heads_reference"]
+__all__ = [
+    "HEAD_STAGES",
+    "HeadScales",
+    "HeadWeights",
+    "HeadsPath",
+    "choose_path",
+    "dequantize_heads",
+    "launches",
+    "new_counters",
+    "parallel_heads",
+    "parallel_heads_batched",
+    "parallel_heads_reference",
+    "quantize_heads",
+]

@@ -26,6 +26,7 @@ class Objective:
     chain_floor: an anchor's weight at draft position i is ``floor + (1 - floor) * prod_{j<i} p_j``, with p_j the
     probability the drafter gives to the true token at position j: a draft token only counts when all before it
     were accepted (the derivative of the expected accepted length E = sum_i prod_{j<=i} p_j).  1 switches it off.
+    train_serial, train_heads: a part that is not trained is not differentiated, or for the heads not even run.
     """
 
     recipe: str = "unrolled"
@@ -33,6 +34,8 @@ class Objective:
     ce_weight: float = 1.0
     head_weights: tuple[float, ...] = ()
     chain_floor: float = 1.0
+    train_serial: bool = True
+    train_heads: bool = True
     candidates: int = 0
     frequent: int = 0
 
@@ -114,7 +117,7 @@ class Drafts:
 
 def draft(
     drafter: GumihoDrafter, embed: Tensor, ids: Tensor, features: Tensor, positions: Tensor, segments: Tensor,
-    anchors: Tensor, recipe: str = "unrolled",
+    anchors: Tensor, recipe: str = "unrolled", with_heads: bool = True,
 ) -> Drafts:
     """All draft positions' features for every anchor of packed rows.
 
@@ -134,6 +137,8 @@ def draft(
             continue
         fused.append(drafter.fuse(F.embedding(shift(ids, step + 1), embed), serial[-1]))
         serial.append(drafter.serial(fused[-1], positions + step, serial_mask(segments, step), past))
+    if not with_heads:
+        return Drafts(serial, hidden.new_empty(0), anchors)
     if recipe == "paper":
         fused.append(shift(o, steps))
     else:
@@ -156,7 +161,9 @@ def losses(
     """Training loss of one batch, and its parts for logging."""
     ids, segments, answer = batch["input_ids"], batch["segments"], batch["answer"]
     first = valid_anchors(segments, answer, 1)
-    drafts = draft(drafter, embed, ids, features, batch["positions"], segments, first, objective.recipe)
+    drafts = draft(
+        drafter, embed, ids, features, batch["positions"], segments, first, objective.recipe, objective.train_heads
+    )
     subset = Candidates.draw(ids[answer], frequent, lm_head.shape[0], objective.candidates)
     weight = subset.weight(lm_head)
     with torch.no_grad():
@@ -173,6 +180,8 @@ def losses(
     for i in range(1, drafter.config.max_draft_tokens + 1):
         valid = valid_anchors(segments, answer, i)
         head = i - 1 - drafter.config.num_serial_steps
+        if head >= 0 and not objective.train_heads:
+            break
         kept = valid[first]
         if head < 0:
             x, scale = drafts.serial[i - 1][valid], 1.0
@@ -185,7 +194,8 @@ def losses(
         ce = -(target_probs[shift(row_of, i)[valid]] * log_probs).sum(-1)
         ce = (ce * anchor_weight).sum() / anchor_weight.sum()
         feature = F.smooth_l1_loss(x.float(), shift(features, i)[valid].float())
-        total = total + scale * (objective.ce_weight * ce + objective.feature_weight * feature)
+        if head >= 0 or objective.train_serial:
+            total = total + scale * (objective.ce_weight * ce + objective.feature_weight * feature)
         parts[f"ce_{i}"], parts[f"feature_{i}"] = ce.detach(), feature.detach()
         truth = subset.column(shift(ids, i + 1)[valid])
         chain = chain.masked_scatter(kept, chain[kept] * log_probs.detach().gather(1, truth[:, None])[:, 0].exp())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,21 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from vllm_gumiho.checkpoint import open_checkpoint, save_speculators
 from vllm_gumiho.training.data import PackedRows, Sample, read_samples, split_held_out
 from vllm_gumiho.training.drafter import DrafterConfig, GumihoDrafter
 from vllm_gumiho.training.objective import FrozenTarget, Objective, TrainingModel
 
+PHASES = ("all", "serial", "heads")
+
 
 @dataclass
 class Recipe:
-    """Everything that decides a training run.  Optimiser defaults: AdamW (0.9, 0.95), clip 0.5 (paper, Table 5)."""
+    """Everything that decides a training run.  Optimiser defaults: AdamW (0.9, 0.95), clip 0.5 (paper, Table 5).
+
+    phase: ``all`` trains everything together; ``serial`` the Transformer alone, at less than half the cost of a
+    step; ``heads`` the heads on a frozen Transformer.  init_from: a checkpoint to start from.
+    """
 
     target: str
     data: list[str]
@@ -38,6 +45,9 @@ class Recipe:
     save_every: int = 200
     candidates: int = 4096
     frequent: int = 2048
+    feature_weight: float | None = None
+    phase: str = "all"
+    init_from: str | None = None
     cache_features: bool = False
     bf16: bool = True
     seed: int = 0
@@ -45,10 +55,16 @@ class Recipe:
 
     def objective(self) -> Objective:
         if self.recipe == "paper":
-            return Objective.paper(self.num_heads)
-        if self.recipe == "unrolled":
-            return Objective.unrolled(self.num_heads, self.candidates, self.frequent)
-        raise ValueError(f"recipe {self.recipe!r} is not known; choose 'paper' or 'unrolled'")
+            objective = Objective.paper(self.num_heads)
+        elif self.recipe == "unrolled":
+            objective = Objective.unrolled(self.num_heads, self.candidates, self.frequent)
+        else:
+            raise ValueError(f"recipe {self.recipe!r} is not known; choose 'paper' or 'unrolled'")
+        if self.phase not in PHASES:
+            raise ValueError(f"phase {self.phase!r} is not known; choose one of {', '.join(PHASES)}")
+        if self.feature_weight is not None:
+            objective = replace(objective, feature_weight=self.feature_weight)
+        return replace(objective, train_serial=self.phase != "heads", train_heads=self.phase != "serial")
 
 
 def drafter_config(target_config: Any, recipe: Recipe) -> DrafterConfig:
@@ -119,8 +135,6 @@ class ExportCallback(TrainerCallback):
 
 def export(drafter: GumihoDrafter, recipe: Recipe, folder: Path) -> None:
     """Write the drafter as a speculators-format checkpoint that the engine serves."""
-    from vllm_gumiho.checkpoint import save_speculators
-
     c = drafter.config
     save_speculators(
         folder,
@@ -154,6 +168,11 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     drafter = GumihoDrafter(drafter_config(text_config, recipe))
     probe = {name: value[None] for name, value in train_rows[0].items()}
     drafter.init_weights(float(target.probe_scale(probe)), float(target.embed.float().square().mean().sqrt()))
+    if recipe.init_from:
+        drafter.load_state_dict(dict(open_checkpoint(recipe.init_from).tensors()))
+    if recipe.phase == "heads":
+        drafter.fc.requires_grad_(False)
+        drafter.layers.requires_grad_(False)
     counts = train_rows.token_counts(text_config.vocab_size)
     frequent = counts.argsort(descending=True)[: recipe.frequent]
     frequent = frequent[counts[frequent] > 0]

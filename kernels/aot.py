@@ -1,0 +1,175 @@
+"""Compile the Triton kernels without a GPU and report what they take: ``python -m vllm_gumiho.kernels.aot``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_gumiho.kernels.parallel_heads.tiling import Device, choose_tiling
+
+TARGETS = {
+    "cuda:80": Device(108, 164 << 10, 163 << 10, native_fp8=False),
+    "cuda:90": Device(132, 228 << 10, 227 << 10),
+    "hip:gfx942": Device(304, 64 << 10, 64 << 10),
+}
+_ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
+
+
+@dataclass(frozen=True)
+class Report:
+    """One compiled kernel.  spills: bytes of stack on NVIDIA, vector registers spilled on AMD."""
+
+    kernel: str
+    target: str
+    shape: str
+    registers: int
+    spills: int
+    shared: int  # bytes
+    shared_limit: int  # bytes: what the tile choice counted with
+
+
+def _gpu_target(name: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    backend, arch = name.split(":")
+    return GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
+
+
+def _compile(fn: Any, target: str, pointers: dict[str, str], integers: str, constants: dict[str, Any],
+             num_warps: int, cooperative: bool = False) -> Any:  # fmt: skip
+    """pointers: element type by argument; integers: names of the other run-time arguments."""
+    import triton
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" for name in fn.arg_names}
+    signature |= {name: f"*{kind}" for name, kind in pointers.items()}
+    signature |= {name: "i32" for name in integers.split()}
+    # As at a launch: torch's allocations and the strides of these shapes are multiples of 16.
+    aligned = [name for name in fn.arg_names if name in pointers or name.endswith("_stride")]
+    attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn, signature, constants, attributes)
+    options = {"num_warps": num_warps, "launch_cooperative_grid": cooperative}
+    return triton.compile(source, target=_gpu_target(target), options=options)
+
+
+def _registers_and_spills(compiled: Any) -> tuple[int, int]:
+    if "cubin" in compiled.asm:
+        from triton import knobs
+
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder, "kernel.cubin")
+            cubin.write_bytes(compiled.asm["cubin"])
+            command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        return found["REG"], found["STACK"] + found["LOCAL"]
+    found = {key: int(value) for key, value in re.findall(r"\.(vgpr_\w*count): +(\d+)", compiled.asm["amdgcn"])}
+    return found["vgpr_count"], found["vgpr_spill_count"]
+
+
+def heads_reports(target: str, hidden: int, batch: int, dtype: str, weights: str, heads: int = 5) -> Iterator[Report]:
+    """The parallel heads in the form that the target uses: one launch with barriers, or the two kinds of stage."""
+    from vllm_gumiho.kernels.parallel_heads.triton import parallel_heads_kernel
+
+    device, scaled = TARGETS[target], weights == "fp8"
+    sizes = _ELEMENT_SIZE[weights], _ELEMENT_SIZE[dtype]
+    tiling = choose_tiling(batch, heads, hidden, *sizes, device)
+    stored = ("fp8e4nv" if device.native_fp8 else "u8") if scaled else weights
+    pointers = dict.fromkeys(("m_ptr", "first_b_ptr", "b_ptr", "z_ptr"), dtype)
+    pointers |= {"first_w_ptr": stored, "w_ptr": stored, "counters_ptr": "i32"}
+    pointers |= dict.fromkeys(("first_s_ptr", "s_ptr"), "fp32" if scaled else dtype)
+    forms = {"": (True, True)} if target.startswith("cuda") else {", stage 0": (True, False), ", stage j": (False, False)}
+    for name, (first, barrier) in forms.items():
+        constants = dict(
+            FIRST=first, BARRIER=barrier, SCALED=scaled, HEADS=heads, H=hidden, FIRST_K=2 * hidden,
+            BLOCK_H=tiling.block_h, BLOCK_B=tiling.block_b, BLOCK_K=tiling.block_k, NUM_STAGES=tiling.num_stages,
+        )  # fmt: skip
+        compiled = _compile(
+            parallel_heads_kernel, target, pointers, "B begin end", constants, tiling.num_warps, cooperative=barrier
+        )
+        shape = f"H={hidden} B={tiling.block_b} n={heads} {dtype} x {weights}{name}"
+        tile = f"{tiling.block_h}x{tiling.block_k} depth {tiling.num_stages}"
+        registers, spills = _registers_and_spills(compiled)
+        limit = min(tiling.shared_bytes(*sizes), device.shared_per_program)
+        yield Report("parallel_heads", target, f"{shape}, {tile}", registers, spills, compiled.metadata.shared, limit)
+
+
+def argmax_reports(target: str, hidden: int, rows: int, dtype: str) -> Iterator[Report]:
+    """Both launches of the LM head's argmax."""
+    from vllm_gumiho.kernels.lm_head_argmax.triton import (
+        choose_argmax_tiling,
+        partial_argmax_kernel,
+        reduce_argmax_kernel,
+    )
+
+    device = TARGETS[target]
+    tiling = choose_argmax_tiling(rows, _ELEMENT_SIZE[dtype], device.shared_per_processor < 128 << 10)
+    constants = dict(
+        H=hidden, BLOCK_V=tiling.block_v, BLOCK_R=tiling.block_r, BLOCK_K=tiling.block_k, NUM_STAGES=tiling.num_stages
+    )
+    pointers = {"rows_ptr": dtype, "weight_ptr": dtype, "top_ptr": "fp32", "index_ptr": "i32"}
+    integers = "R V tiles row_stride weight_stride"
+    compiled = _compile(partial_argmax_kernel, target, pointers, integers, constants, tiling.num_warps)
+    limit = device.shared_per_program
+    shape = f"H={hidden} R={tiling.block_r} {dtype}"
+    yield Report("partial_argmax", target, shape, *_registers_and_spills(compiled), compiled.metadata.shared, limit)
+    pointers = {"top_ptr": "fp32", "index_ptr": "i32", "ids_ptr": "i64", "logits_ptr": "fp32"}
+    compiled = _compile(reduce_argmax_kernel, target, pointers, "tiles index_offset", {"BLOCK_T": 1024}, 4)
+    yield Report("reduce_argmax", target, "any", *_registers_and_spills(compiled), compiled.metadata.shared, limit)
+
+
+def reports(targets: list[str], hidden_sizes: list[int], batches: list[int], pairs: list[str]) -> Iterator[Report]:
+    """Every kernel at every shape; pairs: ``dtype:weights``, as ``bf16:fp8``."""
+    for target in targets:
+        for pair in pairs:
+            dtype, weights = pair.split(":")
+            for hidden in hidden_sizes:
+                for batch in batches:
+                    yield from heads_reports(target, hidden, batch, dtype, weights)
+                    if weights == dtype:
+                        yield from argmax_reports(target, hidden, 5 * batch, dtype)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; exit status 1 where a kernel spills or takes more shared memory than was planned."""
+    parser = argparse.ArgumentParser(prog="python -m vllm_gumiho.kernels.aot", description=__doc__)
+    parser.add_argument("--target", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--hidden", nargs="+", type=int, default=[4096])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 32, 64])
+    parser.add_argument("--dtype", nargs="+", default=["bf16:bf16", "fp16:fp16", "fp32:fp32", "bf16:fp8"])
+    parser.add_argument("--json", type=Path, help="also write the reports to this file")
+    args = parser.parse_args(argv)
+
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        print("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it", file=sys.stderr)
+        return 2
+    found: list[Report] = []
+    for report in reports(args.target, args.hidden, args.batch, args.dtype):
+        if report in found:
+            continue
+        found.append(report)
+        print(
+            f"{report.target:<11} {report.kernel:<15} {report.registers:>4} registers {report.spills:>4} spilled "
+            f"{report.shared:>7} B shared  {report.shape}",
+            flush=True,
+        )
+    if args.json:
+        args.json.write_text(json.dumps([asdict(report) for report in found], indent=1) + "\n")
+    bad = [report for report in found if report.spills or report.shared > report.shared_limit]
+    for report in bad:
+        print(f"too large: {report}", file=sys.stderr)
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

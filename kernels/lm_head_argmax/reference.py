@@ -1,0 +1,37 @@
+"""Plain torch definition of the LM head's argmax: the ground truth for the kernel.
+
+    logit[r, v] = sum over h of rows[r, h] * weight[v, h]      v < vocab_size
+    id[r] = index_offset + the lowest v with the largest logit[r, v]
+
+A NaN logit counts as +inf: it wins, as it does in ``torch.argmax``, and the id stays a valid token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TopToken(NamedTuple):
+    """The best token of each row."""
+
+    ids: Tensor  # [R] int64
+    logits: Tensor  # [R] float32
+
+
+def lm_head_argmax_reference(
+    rows: Tensor, weight: Tensor, vocab_size: int | None = None, index_offset: int = 0
+) -> TopToken:
+    """rows ``[R, H]``, weight ``[V, H]``: the top token among the first ``vocab_size`` rows of weight, in float32."""
+    logits = rows.float() @ weight[:vocab_size].float().T
+    logits = logits.masked_fill(logits.isnan(), torch.inf)
+    ids = logits.argmax(dim=-1)
+    return TopToken(ids + index_offset, logits.gather(1, ids[:, None])[:, 0])
+
+
+def reduce_shards(ids: Tensor, logits: Tensor) -> TopToken:
+    """``[P, R]`` tokens of P vocabulary shards -> the best of each row; equal logits go to the lowest id."""
+    top = logits.amax(dim=0)
+    return TopToken(ids.masked_fill(logits != top, torch.iinfo(ids.dtype).max).amin(dim=0), top)

