@@ -49,9 +49,9 @@ def _compile(fn: Any, target: str, pointers: dict[str, str], integers: str, cons
     import triton
     from triton.compiler import ASTSource
 
-    signature = {name: "constexpr" for name in fn.arg_names}
+    signature = dict.fromkeys(fn.arg_names, "constexpr")
     signature |= {name: f"*{kind}" for name, kind in pointers.items()}
-    signature |= {name: "i32" for name in integers.split()}
+    signature |= dict.fromkeys(integers.split(), "i32")
     # As at a launch: torch's allocations and the strides of these shapes are multiples of 16.
     aligned = [name for name in fn.arg_names if name in pointers or name.endswith("_stride")]
     attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
@@ -86,12 +86,14 @@ def heads_reports(target: str, hidden: int, batch: int, dtype: str, weights: str
     pointers = dict.fromkeys(("m_ptr", "first_b_ptr", "b_ptr", "z_ptr"), dtype)
     pointers |= {"first_w_ptr": stored, "w_ptr": stored, "counters_ptr": "i32"}
     pointers |= dict.fromkeys(("first_s_ptr", "s_ptr"), "fp32" if scaled else dtype)
-    forms = {"": (True, True)} if target.startswith("cuda") else {", stage 0": (True, False), ", stage j": (False, False)}
+    one, several = {"": (True, True)}, {", stage 0": (True, False), ", stage j": (False, False)}
+    forms = one if target.startswith("cuda") else several
     for name, (first, barrier) in forms.items():
-        constants = dict(
-            FIRST=first, BARRIER=barrier, SCALED=scaled, HEADS=heads, H=hidden, FIRST_K=2 * hidden,
-            BLOCK_H=tiling.block_h, BLOCK_B=tiling.block_b, BLOCK_K=tiling.block_k, NUM_STAGES=tiling.num_stages,
-        )  # fmt: skip
+        constants = {
+            "FIRST": first, "BARRIER": barrier, "SCALED": scaled, "HEADS": heads, "H": hidden, "FIRST_K": 2 * hidden,
+            "BLOCK_H": tiling.block_h, "BLOCK_B": tiling.block_b, "BLOCK_K": tiling.block_k,
+            "NUM_STAGES": tiling.num_stages,
+        }  # fmt: skip
         compiled = _compile(
             parallel_heads_kernel, target, pointers, "B begin end", constants, tiling.num_warps, cooperative=barrier
         )
@@ -112,9 +114,10 @@ def argmax_reports(target: str, hidden: int, rows: int, dtype: str) -> Iterator[
 
     device = TARGETS[target]
     tiling = choose_argmax_tiling(rows, _ELEMENT_SIZE[dtype], device.shared_per_processor < 128 << 10)
-    constants = dict(
-        H=hidden, BLOCK_V=tiling.block_v, BLOCK_R=tiling.block_r, BLOCK_K=tiling.block_k, NUM_STAGES=tiling.num_stages
-    )
+    constants = {
+        "H": hidden, "BLOCK_V": tiling.block_v, "BLOCK_R": tiling.block_r, "BLOCK_K": tiling.block_k,
+        "NUM_STAGES": tiling.num_stages,
+    }  # fmt: skip
     pointers = {"rows_ptr": dtype, "weight_ptr": dtype, "top_ptr": "fp32", "index_ptr": "i32"}
     integers = "R V tiles row_stride weight_stride"
     compiled = _compile(partial_argmax_kernel, target, pointers, integers, constants, tiling.num_warps)

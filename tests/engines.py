@@ -21,7 +21,9 @@ def run_engines(folder: Path, runner: str, cases: dict[str, dict], env: dict[str
         [sys.executable, str(MAIN), str(job), str(result)], env={**os.environ, **(env or {})},
         capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
-    assert result.exists(), f"engine process ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert result.exists(), (
+        f"engine process ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    )
     results = json.loads(result.read_text())
     for value in results.values():
         value["log"] = done.stdout + done.stderr

@@ -94,9 +94,7 @@ def test_every_format_gives_the_same_tensors_and_sizes(tmp_path, kind):
     assert kind == "one file" or looks_like_gumiho(path)
 
 
-@pytest.mark.parametrize(
-    ("heads", "serial", "layers"), [(1, 1, 1), (1, 2, 2), (3, 1, 2), (2, 4, 1), (12, 2, 3)]
-)
+@pytest.mark.parametrize(("heads", "serial", "layers"), [(1, 1, 1), (1, 2, 2), (3, 1, 2), (2, 4, 1), (12, 2, 3)])
 def test_sizes_come_from_the_tensors_and_not_from_a_config(tmp_path, heads, serial, layers):
     tensors = drafter_tensors(num_heads=heads, num_serial_steps=serial, num_layers=layers)
     wrong = {"num_serial_steps": 9, "num_parallel_heads": 9, "num_hidden_layers": 9, "intermediate_size": 9}

@@ -110,5 +110,5 @@ def test_without_vllm_the_package_imports_and_the_check_says_what_is_missing(tmp
     )
     problems, message = run(code, tmp_path).splitlines()
     assert problems == "{'the module is gone'} True"
-    assert "vllm.engine.arg_utils.EngineArgs: the module is gone" in message
+    assert message.startswith("vLLM is not installed.")
     assert "0.32 and 0.33" in message

@@ -42,10 +42,10 @@ def write_target(folder: Path, seed: int = 0, **changes) -> Path:
 
 
 def drafter_config(**changes) -> DrafterConfig:
-    base = dict(
-        hidden_size=HIDDEN, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        rope_theta=10000.0, rms_norm_eps=1e-5, vocab_size=VOCAB,
-    )  # fmt: skip
+    base = {
+        "hidden_size": HIDDEN, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "vocab_size": VOCAB,
+    }  # fmt: skip
     return DrafterConfig(**(base | changes))
 
 

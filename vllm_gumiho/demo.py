@@ -45,7 +45,12 @@ class Run:
 
 
 def run_demo(
-    target: str, checkpoint: str, num_speculative_tokens: int, max_tokens: int, concurrency: int, output: Path,
+    target: str,
+    checkpoint: str,
+    num_speculative_tokens: int,
+    max_tokens: int,
+    concurrency: int,
+    output: Path,
     console: Console,
 ) -> bool:
     """Run the demonstration and write its JSON report; returns whether all texts are equal.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_gumiho.source import Source, when_imported
 
+logger = logging.getLogger("vllm.vllm_gumiho")
 WORKING_VERSIONS = "0.32 and 0.33"
 
 
@@ -111,8 +113,11 @@ def mismatch_message(findings: list[Finding]) -> str | None:
     broken = [f"{f.hook.module}.{f.hook.name}: {f.problem}" for f in findings if f.problem]
     if not broken:
         return None
+    version = vllm_version()
+    if version is None:
+        return f"vLLM is not installed.  Gumiho is a plugin for vLLM {WORKING_VERSIONS}: pip install 'vllm-gumiho[gpu]'"
     return (
-        f"Gumiho cannot run on vLLM {vllm_version()}: {'; '.join(broken)}.  It works with vLLM {WORKING_VERSIONS}; "
+        f"Gumiho cannot run on vLLM {version}: {'; '.join(broken)}.  It works with vLLM {WORKING_VERSIONS}; "
         "install one of these, or a newer vllm-gumiho.  vLLM without Gumiho is not affected."
     )
 
@@ -128,7 +133,6 @@ def install() -> None:
 
     Where a hook does not hold, only the arguments are watched, so that a request for Gumiho is refused.
     """
-    when_imported("vllm.engine.arg_utils", _patch_arguments)
     for module, action in (
         (f"{_V1}.eagle", lambda m: _choose_class(m.EagleProposer, "vllm_gumiho.proposer:GumihoProposer")),
         (
@@ -140,11 +144,19 @@ def install() -> None:
         ("vllm.model_executor.model_loader", _register_loader),
     ):
         when_imported(module, functools.partial(_unless_refused, action))
+    when_imported("vllm.engine.arg_utils", functools.partial(_safely, _patch_arguments))
 
 
 def _unless_refused(action: Callable[[Any], None], module: Any) -> None:
-    if _refusal() is None:
+    _safely(lambda m: action(m) if _refusal() is None else None, module)
+
+
+def _safely(action: Callable[[Any], None], module: Any) -> None:
+    """Act on a module just imported.  An error must not stop vLLM from importing it: it goes to the log."""
+    try:
         action(module)
+    except Exception:
+        logger.exception("vllm-gumiho could not prepare %s; vLLM goes on without Gumiho", module.__name__)
 
 
 def _register_model(registry: Any) -> None:
@@ -172,6 +184,7 @@ def _choose_class(base: type, gumiho: str) -> None:
 
     A subclass instance from ``__new__`` keeps every ``isinstance(x, base)`` in vLLM true.
     """
+
     def choose(cls: type, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_gumiho.config import is_gumiho
 
@@ -184,6 +197,7 @@ def _choose_class(base: type, gumiho: str) -> None:
 
 
 def _patch_arguments(arg_utils: Any) -> None:
+    """Watch the engine's arguments; with broken hooks only to refuse Gumiho there."""
     engine_args, refusal = arg_utils.EngineArgs, _refusal()
     if not hasattr(engine_args, "create_speculative_config"):
         return
@@ -202,7 +216,10 @@ def _create_speculative_config(original: Callable[..., Any], refusal: str | None
 
         flags = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
         given = {key: getattr(self, flag) for flag, key in flags.items() if getattr(self, flag) is not None}
-        written = {key.replace("-", "_"): value for key, value in (self.speculative_config or {}).items()}
+        asked = self.speculative_config or {}
+        if not isinstance(asked, dict) or not all(isinstance(key, str) for key in asked):
+            return original(self, target_model_config, target_parallel_config)
+        written = {key.replace("-", "_"): value for key, value in asked.items()}
         if given.keys() & written.keys() or not asks_for_gumiho({**written, **given}):
             return original(self, target_model_config, target_parallel_config)
         if refusal:
@@ -240,11 +257,11 @@ def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _take_speculative_model(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def __init__(self: Any, *args: Any, speculative_model: str | None = None, **kwargs: Any) -> None:
+    def initialise(self: Any, *args: Any, speculative_model: str | None = None, **kwargs: Any) -> None:
         if speculative_model is not None:
             if kwargs.get("spec_model") is not None:
                 raise ValueError("speculative_model= and spec_model= say the same; give one of them")
             kwargs["spec_model"] = speculative_model
         original(self, *args, **kwargs)
 
-    return __init__
+    return initialise

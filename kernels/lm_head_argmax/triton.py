@@ -1,3 +1,5 @@
+# ruff: noqa: N803 - constants of a kernel are upper case in Triton
+# mypy: allow-untyped-defs
 """The LM head's argmax without writing logits, in two launches.
 
     1. grid (row blocks, vocabulary tiles):  partial[r, t] = (max, lowest index of it) of logit[r, v] over tile t

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from dataclasses import replace
 from enum import Enum
 
 import torch
@@ -31,10 +32,11 @@ launches: Counter[HeadsPath] = Counter()
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU."""
     try:
-        from triton import knobs
+        import triton
     except ImportError:
         return False
-    return bool(knobs.runtime.interpret)
+    # Triton reads the switch once for its own library, at import; setting it later gives a broken mixture.
+    return bool(triton.knobs.runtime.interpret) and not isinstance(triton.language.max, triton.JITFunction)
 
 
 @functools.cache
@@ -82,7 +84,7 @@ def new_counters(device: torch.device) -> Tensor:
     Two launches that may run at the same time need two sets.  During CUDA graph capture a set of the graph's own is
     made, zeroed in the graph: memory of a graph must not be kept for others.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(HEAD_STAGES, dtype=torch.int32, device=device)
     return _kept_counters(device.index if device.index is not None else torch.cuda.current_device())
 
@@ -107,17 +109,17 @@ def parallel_heads(
 
     from vllm_gumiho.kernels.parallel_heads.triton import parallel_heads_triton
 
-    device = _INTERPRETED if m.device.type == "cpu" else _device(m.device.index or 0)
-    if path is HeadsPath.FUSED and counters is None:
+    on_cpu = m.device.type == "cpu"
+    device = _INTERPRETED if on_cpu else _device(m.device.index or 0)
+    if path is not HeadsPath.FUSED:
+        counters = None
+    elif counters is None:
         counters = new_counters(m.device)
     heads, hidden = weights.first_bias.shape
-    m = m.contiguous()
     parts = []
-    for rows in m.split(MAX_BATCH):
-        tiling = choose_tiling(
-            rows.shape[0], heads, hidden, weights.weight.element_size(), m.element_size(), device
-        )
-        parts.append(
-            parallel_heads_triton(rows, weights, scales, tiling, counters if path is HeadsPath.FUSED else None)
-        )
+    for rows in m.contiguous().split(MAX_BATCH):
+        tiling = choose_tiling(rows.shape[0], heads, hidden, weights.weight.element_size(), m.element_size(), device)
+        if on_cpu and path is HeadsPath.FUSED:
+            tiling = replace(tiling, programs=1)
+        parts.append(parallel_heads_triton(rows, weights, scales, tiling, counters))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

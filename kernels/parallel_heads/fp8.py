@@ -27,9 +27,7 @@ def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """``[..., H, K]`` -> e4m3 of the same shape and float32 scales ``[..., H]``, one matrix at a time."""
     quantized = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
     scale = weight.new_empty(weight.shape[:-1], dtype=torch.float32)
-    for source, target, s in zip(
-        weight.flatten(0, -3), quantized.flatten(0, -3), scale.flatten(0, -2), strict=True
-    ):
+    for source, target, s in zip(weight.flatten(0, -3), quantized.flatten(0, -3), scale.flatten(0, -2), strict=True):
         row_max = source.float().abs().amax(dim=-1)
         s.copy_(torch.where(row_max > 0, row_max / E4M3_MAX, 1.0))
         target.copy_((source.float() / s[:, None]).clamp(-E4M3_MAX, E4M3_MAX))

@@ -69,15 +69,15 @@ def choose_tiling(
     """
     block_b = batch_tile(batch)
     rows, block_k = _shapes(weight_bytes, block_b)
-    best = max(balance(hidden, heads, h, device.processors) for h in rows)
-    block_h = next(h for h in rows if balance(hidden, heads, h, device.processors) > best - 0.02)
-    for per_processor in (2, 1):
-        for num_stages in (5, 4, 3, 2):
-            tiling = Tiling(
-                block_h, block_b, block_k, num_stages, 4, device.processors * per_processor, device.native_fp8
-            )
-            shared = tiling.shared_bytes(weight_bytes, activation_bytes)
-            fits = per_processor * (shared + _KEPT_BACK) <= device.shared_per_processor
-            if fits and shared <= device.shared_per_program and (num_stages > 2 or per_processor == 1):
-                return tiling
+    shares = {h: balance(hidden, heads, h, device.processors) for h in rows}
+    for block_h in sorted(rows, key=lambda h: (shares[h] < max(shares.values()) - 0.02, -h)):
+        for per_processor in (2, 1):
+            for num_stages in (5, 4, 3, 2):
+                tiling = Tiling(
+                    block_h, block_b, block_k, num_stages, 4, device.processors * per_processor, device.native_fp8
+                )
+                shared = tiling.shared_bytes(weight_bytes, activation_bytes)
+                fits = per_processor * (shared + _KEPT_BACK) <= device.shared_per_processor
+                if fits and shared <= device.shared_per_program and (num_stages > 2 or per_processor == 1):
+                    return tiling
     raise ValueError(f"no tile of H={hidden}, batch {batch} fits {device.shared_per_program} bytes of shared memory")

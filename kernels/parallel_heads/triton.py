@@ -1,10 +1,12 @@
+# ruff: noqa: N803, N806 - constants of a kernel are upper case in Triton
+# mypy: allow-untyped-defs
 """All stages of the parallel heads in one launch: the weights of a stage are split over every program on the device.
 
     z_0[i] =            SiLU(W[i,0] m      + b[i,0])     m [B, S*H],  W[i,0] [H, S*H]
     z_j[i] = z_j-1[i] + SiLU(W[i,j] z_j-1  + b[i,j])     j = 1..5,    W[i,j] [H, H]
 
-Grid: ``(programs,)``, all of them resident at once.  A stage is ``n * ceil(H / BLOCK_H)`` tiles of output rows; program p
-takes the tiles p, p + programs, ... and walks over them and their K blocks in one flat loop, so that the loads of the
+Grid: ``(programs,)``, all of them resident at once.  A stage is ``n * ceil(H / BLOCK_H)`` tiles of output rows; program
+p takes the tiles p, p + programs, ... and walks over them and their K blocks in one flat loop, so that the loads of the
 next tile are under way while the present one ends.  Between two stages every program waits for every other.
 
 Barrier: ``counters[j]`` counts the programs that finished stage j.  A program's stores are made visible by a barrier of
@@ -58,7 +60,7 @@ def _depart(counters_ptr, programs):
 
 @triton.jit
 def _decode_e4m3(bits):
-    """Bytes of e4m3 -> float16, exactly: its fields fit float16's, whose exponent bias is 8 larger.  NaN is not kept."""
+    """Bytes of e4m3 -> float16, exactly: the fields fit float16's, whose exponent bias is 8 more.  Loses NaN."""
     wide = bits.to(tl.uint16)
     shifted = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
     return shifted.to(tl.float16, bitcast=True) * 256.0
@@ -202,8 +204,8 @@ def parallel_heads_triton(
         raise ValueError(f"{tuple(m.shape)} does not fit {heads} heads of H={hidden} and a batch tile {tiling.block_b}")
     if not (m.is_contiguous() and all(t.is_contiguous() for t in tensors)):
         raise ValueError("the parallel heads kernel takes contiguous tensors")
-    if counters is not None and m.device.type == "cpu":
-        raise ValueError("the launch with barriers would never end under the interpreter: programs run one by one there")
+    if counters is not None and m.device.type == "cpu" and tiling.programs > 1:
+        raise ValueError("the interpreter runs programs one after the other: with barriers it can run only one")
     first_w, w = weights.first_weight, weights.weight
     if scales is not None and not tiling.native_fp8:
         first_w, w = first_w.view(torch.uint8), w.view(torch.uint8)

@@ -156,9 +156,7 @@ class GumihoDrafter(nn.Module):
         """``o = fc(cat[E[x], h])``, embedding first.  ``[..., H]``, ``[..., H]`` -> ``[..., H]``."""
         return self.fc(torch.cat((embeds, features), dim=-1))
 
-    def serial(
-        self, o: Tensor, positions: Tensor, mask: Tensor, past: list[list[tuple[Tensor, Tensor]]]
-    ) -> Tensor:
+    def serial(self, o: Tensor, positions: Tensor, mask: Tensor, past: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
         """Run the decoder layers on fused inputs ``[R, T, H]``; ``past[layer]`` collects keys and values."""
         x = o
         for layer, layer_past in zip(self.layers, past, strict=True):

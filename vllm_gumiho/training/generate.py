@@ -15,8 +15,14 @@ CHUNK = 192
 
 
 def generate_answers(
-    target: str, prompt_files: list[Path], output: Path, max_tokens: int, max_prompt_tokens: int, sampled: float,
-    limit: int = 0, **engine: Any,
+    target: str,
+    prompt_files: list[Path],
+    output: Path,
+    max_tokens: int,
+    max_prompt_tokens: int,
+    sampled: float,
+    limit: int = 0,
+    **engine: Any,
 ) -> int:
     """Append one line ``{id, temperature, prompt, answer}`` (token ids) a prompt to ``output``; known ids are skipped.
 

@@ -108,7 +108,7 @@ def shift(x: Tensor, by: int) -> Tensor:
 
 @dataclass
 class Drafts:
-    """``features[i]`` of draft position i + 1 at the rows' anchors: serial ones ``[R, T, H]`` each, heads ``[n, A, H]``."""
+    """Draft features: of serial steps ``[R, T, H]`` each, of heads ``[n, A, H]`` at the A anchors."""
 
     serial: list[Tensor]
     heads: Tensor
@@ -116,8 +116,15 @@ class Drafts:
 
 
 def draft(
-    drafter: GumihoDrafter, embed: Tensor, ids: Tensor, features: Tensor, positions: Tensor, segments: Tensor,
-    anchors: Tensor, recipe: str = "unrolled", with_heads: bool = True,
+    drafter: GumihoDrafter,
+    embed: Tensor,
+    ids: Tensor,
+    features: Tensor,
+    positions: Tensor,
+    segments: Tensor,
+    anchors: Tensor,
+    recipe: str = "unrolled",
+    with_heads: bool = True,
 ) -> Drafts:
     """All draft positions' features for every anchor of packed rows.
 
@@ -155,8 +162,13 @@ def valid_anchors(segments: Tensor, answer: Tensor, position: int) -> Tensor:
 
 
 def losses(
-    drafter: GumihoDrafter, objective: Objective, embed: Tensor, lm_head: Tensor, batch: dict[str, Tensor],
-    features: Tensor, frequent: Tensor,
+    drafter: GumihoDrafter,
+    objective: Objective,
+    embed: Tensor,
+    lm_head: Tensor,
+    batch: dict[str, Tensor],
+    features: Tensor,
+    frequent: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Training loss of one batch, and its parts for logging."""
     ids, segments, answer = batch["input_ids"], batch["segments"], batch["answer"]
@@ -218,8 +230,10 @@ def hits(
     alive = torch.ones(int(first.sum()), dtype=torch.bool, device=ids.device)
     for i in range(1, count + 1):
         valid = valid_anchors(segments, answer, i)[first]
-        x = drafts.serial[i - 1][first] if i <= drafter.config.num_serial_steps else (
-            drafts.heads[i - 1 - drafter.config.num_serial_steps]
+        x = (
+            drafts.serial[i - 1][first]
+            if i <= drafter.config.num_serial_steps
+            else (drafts.heads[i - 1 - drafter.config.num_serial_steps])
         )
         hit = (F.linear(x, lm_head).argmax(-1) == shift(ids, i + 1)[first]) & valid
         alive &= hit
@@ -245,9 +259,7 @@ class TrainingModel(nn.Module):
             seen, right, accepted = hits(self.drafter, target.embed, target.lm_head, batch, features)
             counts = torch.stack((seen, right, accepted))[None]
             return {"loss": torch.zeros((), device=features.device), "logits": counts}
-        loss, parts = losses(
-            self.drafter, self.objective, target.embed, target.lm_head, batch, features, self.frequent
-        )
+        loss, parts = losses(self.drafter, self.objective, target.embed, target.lm_head, batch, features, self.frequent)
         return {"loss": loss, **parts}
 
 

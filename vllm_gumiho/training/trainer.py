@@ -16,8 +16,10 @@ from vllm_gumiho.checkpoint import open_checkpoint, save_speculators
 from vllm_gumiho.training.data import PackedRows, Sample, read_samples, split_held_out
 from vllm_gumiho.training.drafter import DrafterConfig, GumihoDrafter
 from vllm_gumiho.training.objective import FrozenTarget, Objective, TrainingModel
+from vllm_gumiho.training.optimizer import MuonWithAdamW
 
 PHASES = ("all", "serial", "heads")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass
@@ -25,7 +27,8 @@ class Recipe:
     """Everything that decides a training run.  Optimiser defaults: AdamW (0.9, 0.95), clip 0.5 (paper, Table 5).
 
     phase: ``all`` trains everything together; ``serial`` the Transformer alone, at less than half the cost of a
-    step; ``heads`` the heads on a frozen Transformer.  init_from: a checkpoint to start from.
+    step; ``heads`` the heads on a frozen Transformer.  init_from: a checkpoint to start from.  optimizer: ``adamw``
+    or ``muon``.
     """
 
     target: str
@@ -38,6 +41,7 @@ class Recipe:
     steps: int = 1000
     rows: int = 2
     row_length: int = 1024
+    optimizer: str = "adamw"
     learning_rate: float = 5e-4
     warmup_ratio: float = 0.03
     held_out: float = 0.02
@@ -60,8 +64,9 @@ class Recipe:
             objective = Objective.unrolled(self.num_heads, self.candidates, self.frequent)
         else:
             raise ValueError(f"recipe {self.recipe!r} is not known; choose 'paper' or 'unrolled'")
-        if self.phase not in PHASES:
-            raise ValueError(f"phase {self.phase!r} is not known; choose one of {', '.join(PHASES)}")
+        for name, known in (("phase", PHASES), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not known; choose one of {', '.join(known)}")
         if self.feature_weight is not None:
             objective = replace(objective, feature_weight=self.feature_weight)
         return replace(objective, train_serial=self.phase != "heads", train_heads=self.phase != "serial")
@@ -89,10 +94,16 @@ def drafter_config(target_config: Any, recipe: Recipe) -> DrafterConfig:
 class DrafterTrainer(Trainer):
     """Trainer that also logs the parts of the loss and answer tokens per second."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, use_muon: bool = False, **kwargs: Any):
+        self._use_muon = use_muon
         super().__init__(*args, **kwargs)
         self._parts: dict[str, list[Tensor]] = {}
         self._tokens, self._since = 0, time.monotonic()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self._use_muon and self.optimizer is None:
+            self.optimizer = MuonWithAdamW(self.model.parameters(), self.args.learning_rate)
+        return self.optimizer or super().create_optimizer(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         outputs = model(**inputs)
@@ -187,9 +198,14 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         report_to=["tensorboard"], dataloader_num_workers=0, **recipe.extra,
     )  # fmt: skip
     trainer = DrafterTrainer(
-        model=TrainingModel(drafter, objective, target, frequent), args=arguments, train_dataset=train_rows,
-        eval_dataset=eval_rows, compute_metrics=acceptance_metrics, callbacks=[ExportCallback(recipe, drafter)],
-    )  # fmt: skip
+        use_muon=recipe.optimizer == "muon",
+        model=TrainingModel(drafter, objective, target, frequent),
+        args=arguments,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        compute_metrics=acceptance_metrics,
+        callbacks=[ExportCallback(recipe, drafter)],
+    )
     trainer.train(resume_from_checkpoint=resume or None)
     metrics = trainer.evaluate()
     export(drafter, recipe, Path(recipe.output) / "final")

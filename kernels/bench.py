@@ -1,0 +1,148 @@
+"""Time the kernels on a CUDA device: ``python -m vllm_gumiho.kernels.bench --json results.json``.
+
+Every case is checked against the reference first, and only a right result is timed.  Timings are medians of CUDA graph
+replays; a graph runs over several sets of inputs and weights that together exceed the L2 cache several times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from vllm_gumiho.kernels import bench_cases as cases
+from vllm_gumiho.kernels import bench_timing as timing
+
+HIDDEN_SIZES = [576, 2048, 4096, 8192]
+BATCHES = [1, 2, 4, 8, 16, 32, 64]
+# torch.compile tunes each shape for tens of seconds: these, in this order, while the time lasts.
+COMPILED = [(4096, 1), (4096, 8), (4096, 64), (2048, 1), (8192, 1), (576, 1), (2048, 8), (8192, 8), (576, 8)]
+ARGMAX_ROWS = [5, 40, 320]
+
+
+@dataclass
+class Row:
+    """One line of the table; the times are None where nothing was timed, and ``note`` says why."""
+
+    operation: str
+    method: str
+    hidden: int
+    batch: int
+    error: float | None
+    tolerance: float
+    megabytes: float
+    microseconds: float | None = None
+    gigabytes_per_second: float | None = None
+    share_of_copy: float | None = None
+    note: str = ""
+
+    @property
+    def right(self) -> bool:
+        """Whether it ran and the result was within the tolerance; false for NaN."""
+        return self.error is not None and self.error <= self.tolerance
+
+    def line(self) -> str:
+        """For people."""
+        error = "    none" if self.error is None else f"{self.error:8.2e}"
+        text = f"{self.operation:<15} {self.method:<28} H={self.hidden:<5} B={self.batch:<4} error {error}"
+        if self.microseconds is not None:
+            text += f" {self.microseconds:9.1f} us {self.gigabytes_per_second:8.1f} GB/s {self.share_of_copy:7.1%}"
+        return f"{text}  {self.note}".rstrip()
+
+
+def measure(case: cases.Case, sets: list, method: str, run: Callable, copy_rate: float | None) -> Row:
+    """Check every set's result, then time one graph over all of them (copy_rate None: check only)."""
+    checks = [case.check(method, run(inputs), inputs) for inputs in sets]
+    error, tolerance = next((c for c in checks if not c[0] <= c[1]), max(checks))
+    row = Row(case.operation, method, case.hidden, case.batch, error, tolerance, case.bytes(method) / 1e6)
+    if not row.right:
+        row.note = f"WRONG: error above {tolerance:.2e}; not timed"
+    elif copy_rate is not None:
+        row.microseconds = timing.graph_microseconds([partial(run, inputs) for inputs in sets])
+        row.gigabytes_per_second = case.bytes(method) / row.microseconds / 1e3
+        row.share_of_copy = row.gigabytes_per_second / copy_rate
+    return row
+
+
+def plan(dry_run: bool, hidden_sizes: list[int], batches: list[int]) -> Iterator[tuple[cases.Case, bool]]:
+    """The cases and whether ``torch.compile`` is to be timed on them: those that take long come last."""
+    if dry_run:
+        yield cases.HeadsCase(hidden=80, batch=3, heads=2, dtype=torch.bfloat16, device="cpu"), False
+        yield cases.HeadsCase(hidden=64, batch=1, heads=3, dtype=torch.float16, device="cpu"), False
+        yield cases.ArgmaxCase(hidden=80, batch=5, vocab=1003, dtype=torch.bfloat16, device="cpu"), False
+        return
+    for hidden in hidden_sizes:
+        for batch in batches:
+            yield cases.HeadsCase(hidden, batch), False
+    for rows in ARGMAX_ROWS:
+        yield cases.ArgmaxCase(4096, rows), False
+    for hidden, batch in COMPILED:
+        if hidden in hidden_sizes and batch in batches:
+            yield cases.HeadsCase(hidden, batch), True
+
+
+def run_case(case: cases.Case, compiled: bool, copy_rate: float | None) -> Iterator[Row]:
+    """Every method of one case, on the same sets."""
+    try:
+        sets = [case.inputs(seed) for seed in range(1 if copy_rate is None else case.set_count(timing.l2_bytes()))]
+    except torch.cuda.OutOfMemoryError:
+        yield Row(case.operation, "all", case.hidden, case.batch, None, 0, 0, note="failed: out of device memory")
+        return
+    for method, run in (case.compiled_methods() if compiled else case.methods()).items():
+        try:
+            yield measure(case, sets, method, run, copy_rate)
+        except Exception as error:  # a baseline that does not run is a result too
+            note = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            yield Row(case.operation, method, case.hidden, case.batch, None, 0, 0, note=note[:200])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 1 where a result is wrong or a method failed, 2 where there is no device."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_gumiho.kernels.bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="F", help="write machine, versions and all rows to this file")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, no timings")
+    parser.add_argument("--hidden", nargs="+", type=int, default=HIDDEN_SIZES)
+    parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--seconds", type=float, default=400, help="start no further case after this long (400)")
+    args = parser.parse_args(argv)
+
+    copy_rate = None
+    if args.dry_run:
+        # Must come before Triton's import, which the kernels leave until their first launch.
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not torch.cuda.is_available():
+        print("no CUDA device here: timings need one; --dry-run checks the results on the CPU", file=sys.stderr)
+        return 2
+    else:
+        copy_rate = timing.copy_gigabytes_per_second()
+        print(f"{torch.cuda.get_device_name()}: copies at {copy_rate:.0f} GB/s", flush=True)
+    started, rows, skipped = time.monotonic(), [], []
+    for case, compiled in plan(args.dry_run, args.hidden, args.batch):
+        if time.monotonic() - started > args.seconds:
+            skipped.append(f"{case.operation} H={case.hidden} B={case.batch}{' torch.compile' if compiled else ''}")
+            continue
+        for row in run_case(case, compiled, copy_rate):
+            rows.append(row)
+            print(row.line(), flush=True)
+        if copy_rate is not None:
+            torch.cuda.empty_cache()
+    if skipped:
+        print(f"not run for lack of time: {'; '.join(skipped)}")
+    if args.json:
+        record = {"machine": timing.machine(), "copy_gigabytes_per_second": copy_rate, "skipped": skipped}
+        args.json.write_text(json.dumps(record | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    return int(not all(row.right for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""The Triton kernels against their references, under Triton's interpreter.
+
+Triton decides at its import whether kernels are interpreted.  In a process where it was not told so in time, this
+module runs itself in a new one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+from vllm_gumiho.kernels import lm_head_argmax as argmax
+from vllm_gumiho.kernels import parallel_heads as heads
+from vllm_gumiho.kernels.parallel_heads.dispatch import _INTERPRETED, interpreting
+from vllm_gumiho.kernels.parallel_heads.tiling import choose_tiling
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and interpreting()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Spacing of the numbers around 1.  The interpreter truncates to bfloat16, so a stored z is off by up to one spacing.
+SPACING = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+def head_weights(n: int, hidden: int, steps: int, dtype: torch.dtype) -> heads.HeadWeights:
+    """Random weights that keep the size of a vector, so that no stage drowns the others."""
+    return heads.HeadWeights(
+        (torch.randn(n, hidden, steps * hidden) / (steps * hidden) ** 0.5).to(dtype),
+        (torch.randn(n, hidden) * 0.3).to(dtype),
+        (torch.randn(n, 5, hidden, hidden) / hidden**0.5).to(dtype),
+        (torch.randn(n, 5, hidden) * 0.3).to(dtype),
+    )
+
+
+def assert_heads(z: Tensor, m: Tensor, weights: heads.HeadWeights) -> None:
+    """Equal to the float32 reference but for one rounding of z a stage, each carried on with a gain near one.
+
+    float32: the sums' order instead, eight roundings being ample for K up to 3072.
+    """
+    exact = heads.parallel_heads_reference(m.float(), heads.HeadWeights(*(t.float() for t in weights)))
+    assert z.shape == exact.shape
+    assert z.dtype == m.dtype
+    tolerance = heads.HEAD_STAGES * SPACING[m.dtype] * exact.abs().max().item()
+    torch.testing.assert_close(z.float(), exact, atol=tolerance, rtol=0)
+
+
+def assert_tokens(found: argmax.TopToken, rows: Tensor, weight: Tensor, size: int, offset: int = 0) -> None:
+    """The reference's tokens wherever its two best logits are further apart than the sums' rounding."""
+    logits = rows.float() @ weight[:size].float().T
+    # |error| of a float32 sum of H products is far below H * 2^-24 of the sum of their magnitudes.
+    error = (rows.float().abs() @ weight[:size].float().abs().T).amax(-1) * rows.shape[1] * 2.0**-24
+    best = logits.topk(min(2, size), dim=-1)
+    clear = best.values[:, 0] - best.values[:, -1] > 2 * error if size > 1 else torch.ones(len(rows), dtype=torch.bool)
+    assert clear.any()
+    assert found.ids.dtype == torch.int64
+    assert found.logits.dtype == torch.float32
+    assert torch.equal(found.ids[clear], best.indices[:, 0][clear] + offset)
+    assert ((found.logits - best.values[:, 0]).abs() <= error).all()
+    assert ((found.ids >= offset) & (found.ids < offset + size)).all()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every fresh buffer is full of NaN, or of a number that no index may be."""
+
+    def poison(t: Tensor) -> Tensor:
+        if t.is_floating_point():
+            return t.fill_(float("nan"))
+        return t.fill_(-(1 << 30)) if t.dtype in (torch.int32, torch.int64) else t
+
+    empty, new_empty = torch.empty, Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
+
+
+class TestInNewProcess:
+    __test__ = not INTERPRETED
+
+    def test_under_interpreter(self):
+        command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "--no-header"]
+        run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+        assert " passed" in run.stdout
+
+
+class TestParallelHeads:
+    __test__ = INTERPRETED
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(
+        ("n", "hidden", "batch", "steps"), [(3, 80, 1, 2), (1, 80, 17, 1), (5, 80, 3, 2), (2, 48, 33, 3)]
+    )
+    def test_equals_reference(self, poisoned, dtype, n, hidden, batch, steps):
+        weights, m = head_weights(n, hidden, steps, dtype), torch.randn(batch, steps * hidden).to(dtype)
+        before = heads.launches[heads.HeadsPath.STAGES]
+        assert_heads(heads.parallel_heads(m, weights), m, weights)
+        assert heads.launches[heads.HeadsPath.STAGES] == before + 1
+
+    @pytest.mark.parametrize(("n", "hidden", "batch", "dtype"), [
+        (3, 576, 3, torch.bfloat16), (1, 576, 17, torch.float16), (1, 1536, 1, torch.bfloat16),
+    ])  # fmt: skip
+    def test_sizes_of_real_models(self, poisoned, n, hidden, batch, dtype):
+        weights, m = head_weights(n, hidden, 2, dtype), torch.randn(batch, 2 * hidden).to(dtype)
+        assert_heads(heads.parallel_heads(m, weights), m, weights)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_one_launch_equals_launch_per_stage(self, poisoned, dtype):
+        """The form with barriers, by the one program that the interpreter can run so, twice with the same counters."""
+        weights, m = head_weights(2, 80, 2, dtype), torch.randn(3, 160).to(dtype)
+        counters = torch.zeros(heads.HEAD_STAGES, dtype=torch.int32)
+        before = heads.launches[heads.HeadsPath.FUSED]
+        stages = heads.parallel_heads(m, weights, path=heads.HeadsPath.STAGES)
+        for _ in range(2):
+            fused = heads.parallel_heads(m, weights, path=heads.HeadsPath.FUSED, counters=counters)
+            assert torch.equal(fused, stages)
+            assert not counters.any()
+        assert heads.launches[heads.HeadsPath.FUSED] == before + 2
+
+    def test_barrier_under_interpreter_is_refused(self):
+        from vllm_gumiho.kernels.parallel_heads.triton import parallel_heads_triton
+
+        weights, m = head_weights(1, 16, 1, torch.float32), torch.randn(1, 16)
+        tiling = choose_tiling(1, 1, 16, 4, 4, _INTERPRETED)
+        assert tiling.programs > 1
+        with pytest.raises(ValueError, match="only one"):
+            parallel_heads_triton(m, weights, None, tiling, torch.zeros(6, dtype=torch.int32))
+
+    @pytest.mark.parametrize("native", [True, False], ids=["converted", "decoded"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_fp8_weights(self, poisoned, dtype, native):
+        from vllm_gumiho.kernels.parallel_heads.triton import parallel_heads_triton
+
+        exact, m = head_weights(2, 80, 2, dtype), torch.randn(3, 160).to(dtype)
+        weights, scales = heads.quantize_heads(exact)
+        tiling = replace(choose_tiling(3, 2, 80, 1, 2, _INTERPRETED), native_fp8=native)
+        z = parallel_heads_triton(m, weights, scales, tiling, None)
+        assert_heads(z, m, heads.dequantize_heads(weights, scales, torch.float32))
+
+    def test_every_fp8_value_is_decoded(self, poisoned):
+        """Weights that hold all 254 finite values of e4m3, subnormals too, against torch's own conversion."""
+        from vllm_gumiho.kernels.parallel_heads.triton import parallel_heads_triton
+
+        values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        values = torch.where(values.float().isnan(), 0, values.float()).view(16, 16)
+        weights = heads.HeadWeights(
+            values[None].to(torch.float8_e4m3fn), torch.zeros(1, 16), torch.zeros(1, 5, 16, 16).to(torch.float8_e4m3fn),
+            torch.zeros(1, 5, 16),
+        )  # fmt: skip
+        scales = heads.HeadScales(torch.ones(1, 16), torch.ones(1, 5, 16))
+        tiling = replace(choose_tiling(16, 1, 16, 1, 4, _INTERPRETED), native_fp8=False)
+        z = parallel_heads_triton(torch.eye(16), weights, scales, tiling, None)
+        torch.testing.assert_close(z[0], torch.nn.functional.silu(values.T), rtol=1e-5, atol=0)
+
+    def test_batch_above_the_tile(self):
+        """Full-precision weights go to the library's products, 8-bit ones through the kernel in parts."""
+        weights, m = head_weights(1, 16, 2, torch.float16), torch.randn(67, 32).half()
+        assert heads.choose_path(m, weights)[0] is heads.HeadsPath.BATCHED
+        assert_heads(heads.parallel_heads(m, weights), m, weights)
+        small, scales = heads.quantize_heads(weights)
+        assert heads.choose_path(m, small, scales)[0] is heads.HeadsPath.STAGES
+        assert_heads(heads.parallel_heads(m, small, scales), m, heads.dequantize_heads(small, scales, torch.float32))
+
+    def test_first_heads_only(self, poisoned):
+        weights, m = head_weights(3, 32, 2, torch.float32), torch.randn(2, 64)
+        assert_heads(heads.parallel_heads(m, weights.take(2)), m, weights.take(2))
+
+    @settings(max_examples=8, deadline=None, database=None)
+    @given(
+        st.integers(1, 8), st.integers(1, 6), st.integers(1, 40), st.integers(1, 3), st.sampled_from(DTYPES),
+        st.booleans(),
+    )  # fmt: skip
+    def test_any_shape(self, n, sixteenths, batch, steps, dtype, fp8):
+        hidden = 16 * sixteenths
+        weights, m = head_weights(n, hidden, steps, dtype), torch.randn(batch, steps * hidden).to(dtype)
+        if not fp8:
+            assert_heads(heads.parallel_heads(m, weights), m, weights)
+            return
+        small, scales = heads.quantize_heads(weights)
+        assert_heads(heads.parallel_heads(m, small, scales), m, heads.dequantize_heads(small, scales, torch.float32))
+
+
+class TestLmHeadArgmax:
+    __test__ = INTERPRETED
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("rows", "vocab", "hidden"), [(1, 1, 80), (17, 1003, 80), (5, 65, 576), (70, 333, 48)])
+    def test_equals_reference(self, poisoned, dtype, rows, vocab, hidden):
+        x, weight = torch.randn(rows, hidden).to(dtype), torch.randn(vocab, hidden).to(dtype)
+        before = argmax.launches["triton"]
+        assert_tokens(argmax.lm_head_argmax(x, weight), x, weight, vocab)
+        assert argmax.launches["triton"] == before + 1
+
+    def test_many_tiles(self, poisoned):
+        """More tiles than the reduction takes in one step, the best token in the last."""
+        x, weight = torch.ones(2, 16), torch.rand(17_000, 16)
+        weight[16_990] = 2
+        assert argmax.lm_head_argmax(x, weight).ids.tolist() == [16_990, 16_990]
+
+    @pytest.mark.parametrize("equal", [(3, 5), (15, 16), (0, 199), (64, 128), (7, 100, 190)])
+    def test_ties_go_to_the_lowest_id(self, poisoned, equal):
+        weight = torch.zeros(200, 16)
+        weight[list(equal)] = 1
+        x = torch.ones(3, 16)
+        found = argmax.lm_head_argmax(x, weight)
+        assert torch.equal(found.ids, (x @ weight.T).argmax(-1))
+        assert found.ids.tolist() == [equal[0]] * 3
+        assert argmax.lm_head_argmax(x, torch.zeros(200, 16)).ids.tolist() == [0, 0, 0]
+
+    def test_padding_never_wins(self, poisoned):
+        weight = torch.full((96, 16), -1.0)
+        weight[70:] = 9
+        assert argmax.lm_head_argmax(torch.ones(2, 16), weight, vocab_size=70).ids.tolist() == [0, 0]
+        weight[:70] = -torch.inf
+        found = argmax.lm_head_argmax(torch.ones(2, 16), weight, vocab_size=70)
+        assert found.ids.tolist() == [0, 0]
+        assert found.logits.tolist() == [-torch.inf] * 2
+
+    def test_nan_counts_as_infinity(self, poisoned):
+        weight = torch.ones(100, 16)
+        weight[42, 3] = float("nan")
+        for function in (argmax.lm_head_argmax, argmax.lm_head_argmax_reference):
+            found = function(torch.ones(2, 16), weight)
+            assert found.ids.tolist() == [42, 42]
+            assert found.logits.tolist() == [torch.inf] * 2
+
+    @pytest.mark.parametrize("shards", [2, 3])
+    def test_shards(self, poisoned, shards):
+        """Padded shards of a vocabulary, ties across them, against the whole."""
+        x, weight = torch.randn(6, 32), torch.randn(101, 32)
+        weight[90] = weight[3]
+        x[0] = 4 * weight[3]
+        size = -(-101 // shards)
+        found = []
+        for start in range(0, 101, size):
+            part = weight[start : start + size]
+            padded = torch.full((size + 11, 32), 1e4)
+            padded[: len(part)] = part
+            found.append(argmax.lm_head_argmax(x, padded, vocab_size=len(part), index_offset=start))
+        best = argmax.reduce_shards(torch.stack([f.ids for f in found]), torch.stack([f.logits for f in found]))
+        assert_tokens(best, x, weight, 101)
+        assert best.ids[0] == 3
+
+    def test_strided_rows(self, poisoned):
+        x, weight = torch.randn(4, 3, 32)[:, 1], torch.randn(70, 48)[:, :32]
+        assert_tokens(argmax.lm_head_argmax(x, weight), x, weight, 70)
+
+    @settings(max_examples=10, deadline=None, database=None)
+    @given(
+        st.integers(1, 70), st.integers(1, 300), st.integers(1, 90), st.integers(0, 40), st.sampled_from(DTYPES),
+    )  # fmt: skip
+    def test_any_shape(self, rows, vocab, hidden, padding, dtype):
+        x, weight = torch.randn(rows, hidden).to(dtype), torch.randn(vocab + padding, hidden).to(dtype)
+        assert_tokens(argmax.lm_head_argmax(x, weight, vocab, 1000), x, weight, vocab, 1000)

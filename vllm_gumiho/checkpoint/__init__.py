@@ -1,0 +1,159 @@
+"""Every Gumiho checkpoint format, read and written here and nowhere else.
+
+Formats: the released layout (``pytorch_model.bin`` or safetensors, sharded or not, with or without config.json)
+and the speculators layout (safetensors and a config.json with ``speculators_model_type: "gumiho"``).  Tensor names
+are the released ones in both.  A weight may be int8 with a ``<name>_scale`` of one value a row; it is widened when
+read.  Numbers of heads, serial steps and layers come from the tensors, never from a config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vllm_gumiho.checkpoint.config import ARCHITECTURE, SPECULATORS_TYPE, check_config, speculators_config
+from vllm_gumiho.checkpoint.files import (
+    CheckpointError,
+    TensorInfo,
+    list_tensors,
+    read_config,
+    read_tensors,
+    some,
+    weight_files,
+    write_json,
+)
+from vllm_gumiho.checkpoint.layout import SCALE, STAGE, DrafterSizes, check_tensors
+
+__all__ = [
+    "ARCHITECTURE",
+    "SPECULATORS_TYPE",
+    "Checkpoint",
+    "CheckpointError",
+    "DrafterSizes",
+    "TensorInfo",
+    "looks_like_gumiho",
+    "open_checkpoint",
+    "save_speculators",
+    "speculators_config",
+    "write_json",
+]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: names and shapes are known, no weight is in memory.  Made by `open_checkpoint`."""
+
+    path: Path
+    layout: str
+    config: dict[str, Any] | None
+    infos: dict[str, TensorInfo]
+    sizes: DrafterSizes
+
+    @property
+    def verifier(self) -> str | None:
+        """Name or path of the target the checkpoint says it was trained for."""
+        verifier = ((self.config or {}).get("speculators_config") or {}).get("verifier") or {}
+        return verifier.get("name_or_path")
+
+    @property
+    def layer_config(self) -> dict[str, Any]:
+        """Llama config of the draft layers, as far as the checkpoint has one."""
+        config = self.config or {}
+        if "speculators_model_type" in config:
+            config = config.get("transformer_layer_config") or {}
+        return {key: value for key, value in config.items() if value is not None}
+
+    def tensors(self, keep_int8: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Yield ``(name, tensor)`` one at a time, int8 weights widened to float32 unless ``keep_int8``.
+
+        The target's embedding, which released checkpoints carry a copy of, is left out.
+
+        Raises: CheckpointError for a tensor that cannot be read or holds values that are not finite.
+        """
+        for file in sorted({info.file for info in self.infos.values()}):
+            names = [name for name, info in self.infos.items() if info.file == file and name != "embed_tokens.weight"]
+            for name, tensor in read_tensors(file, names):
+                if not keep_int8 and name.endswith(SCALE):
+                    continue
+                if tensor.dtype == torch.int8 and not keep_int8:
+                    scale_info = self.infos[name + SCALE]
+                    ((_, scale),) = read_tensors(scale_info.file, [name + SCALE])
+                    tensor = tensor.float() * scale.float()[:, None]
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise CheckpointError(f"{file}: {name} holds NaN or infinity; the file is damaged, fetch it again")
+                yield name, tensor
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint folder (or one weight file) and check that it is a whole Gumiho drafter.
+
+    Raises: CheckpointError naming the file or tensors that are missing, unknown, misshapen or unreadable.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    files, promised = weight_files(path)
+    config = read_config(folder / "config.json")
+    check_config(folder / "config.json", config or {})
+    infos: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in list_tensors(file).items():
+            if name in infos:
+                raise CheckpointError(f"{file}: tensor {name} is also in {infos[name].file.name}; keep one of the two")
+            infos[name] = info
+    if absent := sorted(promised - set(infos)):
+        raise CheckpointError(f"{path}: tensors of its index are missing: {some(absent)}; fetch the checkpoint again")
+    sizes = check_tensors(path, infos)
+    layout = "speculators" if config and "speculators_model_type" in config else f"released ({files[0].suffix[1:]})"
+    return Checkpoint(path, layout, config, infos, sizes)
+
+
+def looks_like_gumiho(path: str | Path) -> bool:
+    """Whether a local folder holds a Gumiho drafter, sound or not: by its config, else by its tensor names."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return False
+    try:
+        config = read_config(folder / "config.json")
+        if config and config.get("speculators_model_type"):
+            return config["speculators_model_type"] == SPECULATORS_TYPE
+        names = {name for file in weight_files(folder)[0] for name in list_tensors(file)}
+    except (CheckpointError, OSError):
+        return False
+    return "fc.weight" in names and any(STAGE.fullmatch(name) for name in names)
+
+
+def save_speculators(
+    folder: str | Path, tensors: dict[str, Tensor], verifier: str, layer_config: dict[str, Any], int8: bool = False
+) -> Checkpoint:
+    """Write a checkpoint in the speculators layout; matrices as int8 with one scale a row when ``int8``.
+
+    The files appear under their names only when whole.  Raises: CheckpointError for tensors that are no drafter.
+    """
+    folder = Path(folder)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if name != "embed_tokens.weight"}
+    if int8:
+        tensors = dict(item for name, tensor in tensors.items() for item in _quantise(name, tensor))
+    infos = {name: TensorInfo(tuple(t.shape), t.dtype, folder) for name, t in tensors.items()}
+    config = speculators_config(check_tensors(folder, infos), verifier, layer_config)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights.with_suffix(".part"), metadata={"format": "pt"})
+    weights.with_suffix(".part").chmod(0o644)
+    weights.with_suffix(".part").replace(weights)
+    write_json(folder / "config.json", config)
+    return open_checkpoint(folder)
+
+
+def _quantise(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if tensor.ndim != 2:
+        yield name, tensor.to(torch.bfloat16)
+        return
+    scale = tensor.float().abs().amax(dim=1).clamp_min(1e-12) / 127
+    yield name, (tensor.float() / scale[:, None]).round().to(torch.int8)
+    yield name + SCALE, scale

@@ -1,0 +1,106 @@
+"""config.json of the speculators layout."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from vllm_gumiho.checkpoint.files import CheckpointError
+from vllm_gumiho.checkpoint.layout import DrafterSizes
+
+SPECULATORS_TYPE = "gumiho"
+ARCHITECTURE = "EagleGumihoForCausalLM"
+_COPIED_KEYS = (
+    "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "rope_theta", "rope_scaling",
+    "vocab_size",
+)  # fmt: skip
+
+
+def speculators_config(sizes: DrafterSizes, verifier: str, layer_config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the speculators layout.  layer_config: Llama config of the draft layers, head counts in it.
+
+    Raises: CheckpointError for values of a wrong kind, or head counts or hidden size that contradict the tensors.
+    """
+    layer = {key: value for key, value in layer_config.items() if value is not None}
+    _check_layer(layer)
+    heads, kv_heads = layer.get("num_attention_heads"), layer.get("num_key_value_heads")
+    if not heads or sizes.query_size % heads:
+        raise CheckpointError(
+            f"num_attention_heads={heads} does not divide the {sizes.query_size} rows of q_proj; "
+            "name the target with --target so that its head dimension is used"
+        )
+    head_dim = sizes.query_size // heads
+    kv_heads = kv_heads or sizes.key_size // head_dim
+    if kv_heads * head_dim != sizes.key_size:
+        raise CheckpointError(
+            f"num_key_value_heads={kv_heads} times head_dim={head_dim} is not the {sizes.key_size} rows of k_proj"
+        )
+    if layer.get("hidden_size", sizes.hidden_size) != sizes.hidden_size:
+        raise CheckpointError(f"config.json says hidden_size={layer['hidden_size']}, fc.weight {sizes.hidden_size}")
+    layer = {key: layer[key] for key in _COPIED_KEYS if key in layer}
+    layer |= {
+        "model_type": "llama",
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "num_hidden_layers": sizes.num_layers,
+    }
+    if sizes.vocab_size:
+        layer.setdefault("vocab_size", sizes.vocab_size)
+    return {
+        "speculators_model_type": SPECULATORS_TYPE,
+        "architectures": [ARCHITECTURE],
+        "num_serial_steps": sizes.num_serial_steps,
+        "num_parallel_heads": sizes.num_heads,
+        "fc_bias": sizes.fc_bias,
+        "speculators_config": {
+            "algorithm": SPECULATORS_TYPE,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": sizes.max_draft_tokens}],
+            "verifier": {"name_or_path": verifier, "architectures": []},
+        },
+        "transformer_layer_config": layer,
+    }
+
+
+def check_config(file: Path, config: dict[str, Any]) -> None:
+    """Refuse a config.json whose speculators part has another shape than the format's."""
+    kind = config.get("speculators_model_type", SPECULATORS_TYPE)
+    if kind != SPECULATORS_TYPE:
+        raise CheckpointError(f"{file}: speculators_model_type is {kind!r}, not {SPECULATORS_TYPE!r}")
+    speculators = config.get("speculators_config") or {}
+    verifier = (speculators.get("verifier") or {}) if isinstance(speculators, dict) else {}
+    for key, value in (
+        ("transformer_layer_config", config.get("transformer_layer_config") or {}),
+        ("speculators_config", speculators),
+        ("speculators_config.verifier", verifier),
+    ):
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{file}: {key} is {value!r}, expected an object; convert the checkpoint again")
+    name = verifier.get("name_or_path")
+    if name is not None and not isinstance(name, str):
+        raise CheckpointError(f"{file}: speculators_config.verifier.name_or_path is {name!r}, expected a name or path")
+
+
+def _check_layer(layer: dict[str, Any]) -> None:
+    """Refuse values of a draft layer config that are of a wrong kind.  An absent key is no concern here."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+    def count(value: Any) -> bool:
+        return isinstance(value, int) and number(value)
+
+    counts = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "vocab_size")
+    expected: list[tuple[str, str, bool]] = [
+        *((key, "a whole number above 0", count(layer.get(key, 1))) for key in counts),
+        *((key, "a number above 0", number(layer.get(key, 1))) for key in ("rms_norm_eps", "rope_theta")),
+        *((key, "an object", isinstance(layer.get(key, {}), dict)) for key in ("rope_parameters", "rope_scaling")),
+        ("hidden_act", "'silu', as draft layers are Llama's", layer.get("hidden_act", "silu") == "silu"),
+    ]
+    for key, kind, fits in expected:
+        if not fits:
+            raise CheckpointError(f"config of the draft layers: {key} is {layer[key]!r}, expected {kind}")

@@ -1,0 +1,44 @@
+"""Optimisers for the drafter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """`torch.optim.Muon` for matrices, AdamW (0.9, 0.95) for vectors, behind one optimiser's interface.
+
+    Muon orthogonalises each matrix's momentum; with ``match_rms_adamw`` its updates have AdamW's size, so one
+    learning rate serves both (arXiv 2502.16982).
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float):
+        params = [p for p in params if p.requires_grad]
+        matrices, vectors = [p for p in params if p.ndim == 2], [p for p in params if p.ndim != 2]
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        if vectors:
+            self.parts.append(torch.optim.AdamW(vectors, lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
+        super().__init__(params, {"lr": lr})
+        # The schedule changes param_groups in place, so these are the parts' own.
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = closure() if closure else None
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
