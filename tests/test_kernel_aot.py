@@ -9,6 +9,7 @@ import sys
 from functools import cache
 
 import pytest
+
 from vllm_gumiho.kernels.aot import TARGETS
 from vllm_gumiho.kernels.parallel_heads.reference import HEAD_STAGES
 from vllm_gumiho.kernels.parallel_heads.tiling import balance, batch_tile, choose_tiling

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 import torch
+
 from vllm_gumiho.kernels import bench
-from vllm_gumiho.kernels.bench_cases import ArgmaxCase, HeadsCase, HeadsInputs
+from vllm_gumiho.kernels.bench.cases import ArgmaxCase, HeadsCase, HeadsInputs
 
 
 def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
+
 from vllm_gumiho.kernels import lm_head_argmax as argmax
 from vllm_gumiho.kernels import parallel_heads as heads
 from vllm_gumiho.kernels.parallel_heads.dispatch import _INTERPRETED, interpreting
@@ -107,7 +108,7 @@ class TestParallelHeads:
         assert heads.launches[heads.HeadsPath.STAGES] == before + 1
 
     @pytest.mark.parametrize(("n", "hidden", "batch", "dtype"), [
-        (3, 576, 3, torch.bfloat16), (1, 576, 17, torch.float16), (1, 1536, 1, torch.bfloat16),
+        (1, 576, 3, torch.bfloat16), (1, 576, 17, torch.float16), (1, 1536, 1, torch.bfloat16),
     ])  # fmt: skip
     def test_sizes_of_real_models(self, poisoned, n, hidden, batch, dtype):
         weights, m = head_weights(n, hidden, 2, dtype), torch.randn(batch, 2 * hidden).to(dtype)
@@ -201,10 +202,15 @@ class TestLmHeadArgmax:
         assert argmax.launches["triton"] == before + 1
 
     def test_many_tiles(self, poisoned):
-        """More tiles than the reduction takes in one step, the best token in the last."""
-        x, weight = torch.ones(2, 16), torch.rand(17_000, 16)
-        weight[16_990] = 2
-        assert argmax.lm_head_argmax(x, weight).ids.tolist() == [16_990, 16_990]
+        """More tiles than the reduction takes in one step: the best in the last, then a tie of a first and a last."""
+        from vllm_gumiho.kernels.lm_head_argmax.triton import reduce_argmax_kernel
+
+        top, index = torch.rand(2, 2500), torch.arange(2500, dtype=torch.int32).repeat(2, 1) * 64
+        top[0, 2499] = top[1, 5] = top[1, 2400] = 2
+        ids, logits = torch.empty(2, dtype=torch.int64), torch.empty(2)
+        reduce_argmax_kernel[(2,)](top, index, ids, logits, 2500, 7, 1024)
+        assert ids.tolist() == [2499 * 64 + 7, 5 * 64 + 7]
+        assert logits.tolist() == [2, 2]
 
     @pytest.mark.parametrize("equal", [(3, 5), (15, 16), (0, 199), (64, 128), (7, 100, 190)])
     def test_ties_go_to_the_lowest_id(self, poisoned, equal):

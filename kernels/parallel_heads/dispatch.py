@@ -73,20 +73,26 @@ def choose_path(m: Tensor, weights: HeadWeights, scales: HeadScales | None = Non
     return HeadsPath.FUSED, f"batch {batch} fits one launch"
 
 
-@functools.cache
-def _kept_counters(index: int) -> Tensor:
-    return torch.zeros(HEAD_STAGES, dtype=torch.int32, device=f"cuda:{index}")
+_kept_counters: dict[torch.device, Tensor] = {}
 
 
 def new_counters(device: torch.device) -> Tensor:
-    """Barrier counters, zero; every launch leaves them zero again.
+    """Barrier counters ``[6]`` int32, zero; every launch leaves them zero again.
 
-    Two launches that may run at the same time need two sets.  During CUDA graph capture a set of the graph's own is
-    made, zeroed in the graph: memory of a graph must not be kept for others.
+    Two launches that may run at the same time need two sets.
     """
-    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(HEAD_STAGES, dtype=torch.int32, device=device)
-    return _kept_counters(device.index if device.index is not None else torch.cuda.current_device())
+    return torch.zeros(HEAD_STAGES, dtype=torch.int32, device=device)
+
+
+def _counters(device: torch.device) -> Tensor:
+    """The device's set for callers without one of their own, made at the first call."""
+    if device not in _kept_counters:
+        if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+            # Zeroed within the graph at each replay; memory of a graph must not be kept for others.
+            return new_counters(device)
+        _kept_counters[device] = new_counters(device)
+        torch.cuda.current_stream(device).synchronize()  # other streams will use them without waiting for this one
+    return _kept_counters[device]
 
 
 def parallel_heads(
@@ -114,7 +120,7 @@ def parallel_heads(
     if path is not HeadsPath.FUSED:
         counters = None
     elif counters is None:
-        counters = new_counters(m.device)
+        counters = _counters(m.device)
     heads, hidden = weights.first_bias.shape
     parts = []
     for rows in m.contiguous().split(MAX_BATCH):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+OPEN_ROWS = 256
+
 
 class DataError(ValueError):
     """A data file that cannot be trained on; the message names the file and the line."""
@@ -81,9 +83,9 @@ class PackedRows(Dataset):
             sample = Sample(sample.id, sample.prompt, sample.answer[: max(0, row_length - len(sample.prompt))])
             if len(sample.answer) < 2:
                 continue
-            for r in range(max(0, len(rows) - 32), len(rows)):
-                if room[r] >= len(sample):
-                    break
+            fitting = [r for r in range(max(0, len(rows) - OPEN_ROWS), len(rows)) if room[r] >= len(sample)]
+            if fitting:
+                r = min(fitting, key=room.__getitem__)
             else:
                 r = len(rows)
                 rows.append([])

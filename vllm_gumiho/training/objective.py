@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vllm_gumiho.training.drafter import GumihoDrafter
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Objective:
     """Loss weights.  Paper's values (section 4.1 and Table 5): feature 1, ce 0.1, head i weighted 0.8^(i+1)/9.
 
@@ -41,13 +41,22 @@ class Objective:
 
     @staticmethod
     def paper(num_heads: int) -> Objective:
-        return Objective("paper", 1.0, 0.1, tuple(0.8 ** (i + 1) / 9 for i in range(num_heads)))
+        weights = tuple(0.8 ** (i + 1) / 9 for i in range(num_heads))
+        return Objective(recipe="paper", feature_weight=1.0, ce_weight=0.1, head_weights=weights)
 
     @staticmethod
     def unrolled(num_heads: int, candidates: int = 4096, frequent: int = 2048) -> Objective:
         """``candidates`` bounds the vocabulary of the cross-entropy (see `Candidates`); 0 takes it whole."""
         head_weights = tuple(0.6 * 0.8**i for i in range(num_heads))
-        return Objective("unrolled", 0.1, 1.0, head_weights, 0.3, candidates, frequent)
+        return Objective(
+            recipe="unrolled",
+            feature_weight=0.1,
+            ce_weight=1.0,
+            head_weights=head_weights,
+            chain_floor=0.3,
+            candidates=candidates,
+            frequent=frequent,
+        )
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,3 @@ def main(argv: list[str] | None = None) -> int:
     for report in bad:
         print(f"too large: {report}", file=sys.stderr)
     return bool(bad)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

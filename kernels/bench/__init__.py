@@ -18,8 +18,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_gumiho.kernels import bench_cases as cases
-from vllm_gumiho.kernels import bench_timing as timing
+from vllm_gumiho.kernels.bench import cases, timing
 
 HIDDEN_SIZES = [576, 2048, 4096, 8192]
 BATCHES = [1, 2, 4, 8, 16, 32, 64]
@@ -142,7 +141,3 @@ def main(argv: list[str] | None = None) -> int:
         record = {"machine": timing.machine(), "copy_gigabytes_per_second": copy_rate, "skipped": skipped}
         args.json.write_text(json.dumps(record | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     return int(not all(row.right for row in rows))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,5 @@
+import sys
+
+from vllm_gumiho.kernels.aot import main
+
+sys.exit(main())

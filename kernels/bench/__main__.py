@@ -1,0 +1,5 @@
+import sys
+
+from vllm_gumiho.kernels.bench import main
+
+sys.exit(main())
