@@ -84,6 +84,11 @@ def run_case(case: dict) -> dict:
             result["drafted"] = metric.value
         elif metric.name == "vllm:spec_decode_num_accepted_tokens_per_pos":
             result["accepted"] = list(metric.values)
+    if result["drafter"].startswith("Gumiho"):
+        from vllm_gumiho.kernels import lm_head_argmax, parallel_heads
+
+        heads = sorted(path.value for path in parallel_heads.launches)
+        result["launches"] = {"heads": heads, "argmax": sorted(lm_head_argmax.launches)}
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()

@@ -50,3 +50,14 @@ def test_a_schedule_drafts_fewer_tokens_in_larger_batches(results):
     result = results["schedule"]
     assert result["k"] == 7
     assert result["drafts"] < result["drafted"] < 7 * result["drafts"]
+
+
+def test_the_triton_kernels_in_the_engine_keep_the_text(tmp_path, tiny_target, tiny_checkpoint):
+    """Runner V2 under the interpreter: the heads in one launch per stage, the argmax without logits."""
+    calls = [{"prompts": UNEQUAL_PROMPTS[:2], "sampling": GREEDY | {"max_tokens": 8}}]
+    gumiho = {"method": "gumiho", "model": str(tiny_checkpoint)}
+    cases = {"off": case(tiny_target, None, calls), "on": case(tiny_target, gumiho, calls)}
+    results = run_engines(tmp_path, "v2", cases, {"VLLM_GUMIHO_KERNELS": "1"})
+    assert results["on"]["tokens"] == results["off"]["tokens"]
+    assert results["on"]["launches"] == {"heads": ["one Triton launch per stage"], "argmax": ["triton"]}
+    assert "heads by one Triton launch per stage" in results["on"]["log"]

@@ -7,6 +7,7 @@ import json
 import pytest
 import tiny
 from engines import GREEDY, UNEQUAL_PROMPTS, case, run_engines
+from safetensors.torch import save_file
 
 from vllm_gumiho.checkpoint import save_speculators
 
@@ -34,7 +35,10 @@ def speculators_checkpoint(tmp_path_factory, tiny_target):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, tiny_target, tiny_checkpoint, speculators_checkpoint):
     eagle = tmp_path_factory.mktemp("eagle")
-    (eagle / "config.json").write_text(json.dumps(tiny.target_config(num_hidden_layers=1)))
+    (eagle / "config.json").write_text(json.dumps(tiny.target_config(num_hidden_layers=1, intermediate_size=48)))
+    own = ("fc.weight", "layers.0.")
+    save_file({n: t for n, t in tiny.drafter_tensors().items() if n.startswith(own)}, eagle / "model.safetensors")
+    empty = tmp_path_factory.mktemp("empty")
     wrong = tiny.write_released(tmp_path_factory.mktemp("wrong"), tiny.drafter_tensors(hidden_size=128))
     checkpoint = str(tiny_checkpoint)
 
@@ -51,13 +55,11 @@ def results(tmp_path_factory, tiny_target, tiny_checkpoint, speculators_checkpoi
         "speculative_model": tiny_case(speculative_model="gumiho") | {"import_first": True},
         "verifier": tiny_case(model=speculators_checkpoint),
         "ngram": tiny_case({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}),
-        "eagle": tiny_case(
-            {"method": "eagle", "model": str(eagle), "num_speculative_tokens": 3,
-             "draft_load_config": {"load_format": "dummy"}}
-        ),
+        "eagle": tiny_case({"method": "eagle", "model": str(eagle), "num_speculative_tokens": 3}),
         "too many": tiny_case({"method": "gumiho", "model": checkpoint, "num_speculative_tokens": 8}),
         "wrong target": tiny_case({"method": "gumiho", "model": str(wrong)}),
-        "nothing there": tiny_case({"method": "gumiho", "model": str(eagle)}),
+        "nothing there": tiny_case({"method": "gumiho", "model": str(empty)}),
+        "an EAGLE head": tiny_case({"method": "gumiho", "model": str(eagle)}),
     }  # fmt: skip
     pairs = json.dumps({str(tiny_target): checkpoint})
     return run_engines(tmp_path_factory.mktemp("on"), "v1", cases, {"VLLM_GUMIHO_CHECKPOINTS": pairs})
@@ -89,6 +91,7 @@ def test_other_methods_are_untouched(results, method, drafter):
         ("too many", ("num_speculative_tokens=8", "from 1 to 7")),
         ("wrong target", ("hidden size 128", "which has 64", "trained for this target")),
         ("nothing there", ("no *.safetensors and no pytorch_model*.bin",)),
+        ("an EAGLE head", ("not a Gumiho checkpoint", "no mlp.*")),
     ],
 )
 def test_a_bad_request_is_one_clear_error(results, name, words):

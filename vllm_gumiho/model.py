@@ -6,6 +6,7 @@ head are the target's: vLLM's EAGLE loading puts the target's modules in place a
 Annotations are real types here, not strings: vLLM's torch.compile support reads them.
 """
 
+import os
 import re
 from collections.abc import Iterable
 
@@ -13,15 +14,33 @@ import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.llama_eagle import LlamaDecoderLayer, LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, get_draft_quant_config, maybe_prefix
 
-from vllm_gumiho.kernels.parallel_heads import HEAD_STAGES, HeadWeights, parallel_heads_batched
+from vllm_gumiho.kernels.lm_head_argmax import lm_head_argmax
+from vllm_gumiho.kernels.parallel_heads import (
+    HEAD_STAGES,
+    HeadsPath,
+    HeadWeights,
+    choose_path,
+    new_counters,
+    parallel_heads,
+)
+
+KERNELS_VARIABLE = "VLLM_GUMIHO_KERNELS"
+logger = init_logger("vllm.vllm_gumiho")
 
 _STAGE = re.compile(r"mlp\.(\d+)\.(\d+)\.linear\.(weight|bias)")
+
+
+def use_kernels() -> bool:
+    """Whether the Triton kernels are asked for; off until they have been proven on GPUs."""
+    return os.environ.get(KERNELS_VARIABLE, "0") == "1"
 
 
 class TargetOwned(nn.Module):
@@ -45,6 +64,8 @@ class ParallelHeads(nn.Module):
         self.first_bias = parameter(num_heads, hidden_size)
         self.weight = parameter(num_heads, HEAD_STAGES - 1, hidden_size, hidden_size)
         self.bias = parameter(num_heads, HEAD_STAGES - 1, hidden_size)
+        self.path: HeadsPath | None = None if use_kernels() else HeadsPath.BATCHED
+        self.counters = new_counters(self.bias.device)
 
     def destination(self, head: int, stage: int, kind: str) -> Tensor:
         """View that holds the tensor ``mlp.{head}.{stage}.linear.{kind}``."""
@@ -54,8 +75,18 @@ class ParallelHeads(nn.Module):
 
     def forward(self, m: Tensor, count: int) -> Tensor:
         """``m [B, S*H]`` -> ``[count, B, H]``, the first ``count`` heads."""
-        weights = HeadWeights(self.first_weight, self.first_bias, self.weight, self.bias)
-        return parallel_heads_batched(m, weights.take(count))
+        return parallel_heads(m, self.weights.take(count), path=self.path, counters=self.counters)
+
+    @property
+    def weights(self) -> HeadWeights:
+        return HeadWeights(self.first_weight, self.first_bias, self.weight, self.bias)
+
+    def describe_path(self) -> str:
+        """How the heads will be computed, and why, for the log."""
+        if self.path is not None:
+            return f"{self.path.value} (set {KERNELS_VARIABLE}=1 for the Triton kernels)"
+        path, reason = choose_path(self.first_bias.new_empty(1, self.first_weight.shape[-1]), self.weights)
+        return f"{path.value} ({reason})"
 
 
 @support_torch_compile
@@ -126,6 +157,7 @@ class GumihoForCausalLM(LlamaForCausalLM):
         )
         self.lm_head = TargetOwned(config.vocab_size, config.hidden_size)
         self.logits_processor = LogitsProcessor(config.vocab_size, scale=getattr(config, "logit_scale", 1.0))
+        self.argmax_kernel = use_kernels() and get_tensor_model_parallel_world_size() == 1
         rows = vllm_config.scheduler_config.max_num_seqs
         self.fused = torch.zeros(rows, config.hidden_size, dtype=vllm_config.model_config.dtype)
 
@@ -151,6 +183,23 @@ class GumihoForCausalLM(LlamaForCausalLM):
         """
         z = self.heads(torch.cat(fused, dim=-1), count)
         return z.transpose(0, 1).flatten(0, 1)
+
+    def log_start(self, num_speculative_tokens: int, runner: str) -> None:
+        """One line that says which checkpoint drafts, how many tokens, in which runner and by which kernels."""
+        logger.info(
+            "Gumiho drafts with %s: K=%d, model runner %s, heads by %s",
+            self.config.gumiho_checkpoint, num_speculative_tokens, runner, self.heads.describe_path(),
+        )  # fmt: skip
+
+    def greedy_tokens(self, hidden_states: Tensor) -> Tensor | None:
+        """Greedy draft tokens of ``[N, H]`` by the argmax kernel, ``[N]`` int64; None where it does not apply.
+
+        The kernel compares logits in float32 and writes none.  It takes a whole, unquantised LM head.
+        """
+        weight = getattr(self.lm_head, "weight", None)
+        if not self.argmax_kernel or weight is None or weight.dtype != hidden_states.dtype:
+            return None
+        return lm_head_argmax(hidden_states, weight, vocab_size=self.config.vocab_size).ids
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors under their checkpoint names; returns the names of the parameters filled."""

@@ -5,12 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from vllm.logger import init_logger
+from torch import Tensor, nn
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
-
-logger = init_logger("vllm.vllm_gumiho")
 
 
 class GumihoProposer(EagleProposer):
@@ -22,15 +19,19 @@ class GumihoProposer(EagleProposer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        config = self.draft_model_config.hf_config
-        self.num_serial_steps: int = config.num_serial_steps
+        self.num_serial_steps: int = self.draft_model_config.hf_config.num_serial_steps
         self._hidden: list[Tensor] = []
         self._tokens: list[Tensor] = []
         self._fused: list[Tensor] = []
-        logger.info(
-            "Gumiho drafts with %s: K=%d, model runner V1, heads by batched products",
-            config.gumiho_checkpoint, self.num_speculative_tokens,
-        )  # fmt: skip
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the drafter beside its target; says once what drafts and how."""
+        super().load_model(target_model)
+        self.model.log_start(self.num_speculative_tokens, "V1")
+
+    def _greedy_sample(self, hidden_states: Tensor) -> Tensor:
+        tokens = self.model.greedy_tokens(hidden_states)
+        return super()._greedy_sample(hidden_states) if tokens is None else tokens
 
     def _sample_draft_tokens(
         self, hidden_states: Tensor, sampling_metadata: SamplingMetadata

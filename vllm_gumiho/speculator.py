@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.logger import init_logger
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from vllm_gumiho.checkpoint import CheckpointError
-
-logger = init_logger("vllm.vllm_gumiho")
 
 SERIAL_STEPS = 2
 
@@ -37,10 +34,17 @@ class GumihoSpeculator(EagleSpeculator):
         self._hidden: Tensor | None = None
         self._draft_length = 0
         self._head_offsets = torch.arange(max(1, self.num_speculative_steps - SERIAL_STEPS), device=device)
-        logger.info(
-            "Gumiho drafts with %s: K=%d, model runner V2, heads by batched products",
-            config.gumiho_checkpoint, self.num_speculative_steps,
-        )  # fmt: skip
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the drafter beside its target; says once what drafts and how."""
+        super().load_model(target_model)
+        self.model.log_start(self.num_speculative_steps, "V2")
+
+    def sample_draft(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Draft tokens of ``[N, H]``; greedy ones by the argmax kernel where it is on."""
+        if self.draft_logits is None and (tokens := self.model.greedy_tokens(hidden_states)) is not None:
+            return tokens
+        return super().sample_draft(hidden_states, *args, **kwargs)
 
     def _run_model(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._hidden, hidden = super()._run_model(*args, **kwargs)
