@@ -34,7 +34,9 @@ def main() -> None:
 
 
 @app.command()
-def check(wheel: Annotated[Path | None, typer.Option(help="Check a vLLM wheel instead of the installed one.")] = None):
+def check(
+    wheel: Annotated[Path | None, typer.Option(help="Check a vLLM wheel instead of the installed one.")] = None,
+) -> None:
     """Show every vLLM internal that Gumiho touches, and whether it is as expected.  Exit code 1 if one is not."""
     from vllm_gumiho import hooks
     from vllm_gumiho.source import Source
@@ -52,7 +54,7 @@ def check(wheel: Annotated[Path | None, typer.Option(help="Check a vLLM wheel in
 
 
 @app.command()
-def inspect(checkpoint: CheckpointArgument, as_json: Annotated[bool, typer.Option("--json")] = False):
+def inspect(checkpoint: CheckpointArgument, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """Print what a checkpoint is: layout, sizes, K, target, parameters and bytes."""
     from vllm_gumiho.catalogue import resolve
     from vllm_gumiho.checkpoint import open_checkpoint
@@ -84,7 +86,7 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
     target: TargetOption = None,
     int8: Annotated[bool, typer.Option("--int8", help="Store matrices in 8 bits, one scale a row.")] = False,
-):
+) -> None:
     """Write a checkpoint in the speculators format: safetensors and a full config.json, tensors bit for bit."""
     from vllm_gumiho.catalogue import resolve
     from vllm_gumiho.conversion import convert_checkpoint
@@ -102,7 +104,7 @@ def generate(
     max_prompt_tokens: int = 512,
     sampled: Annotated[float, typer.Option(help="Share of answers sampled at T=0.8, the rest greedy.")] = 0.3,
     limit: int = 0,
-):
+) -> None:
     """Let the target answer training prompts (greedy and sampled), the data that heads are trained on."""
     from vllm_gumiho.training.generate import generate_answers
 
@@ -127,7 +129,7 @@ def train(
     float32: Annotated[bool, typer.Option("--float32", help="No bfloat16 autocast.")] = False,
     seed: int = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
-):
+) -> None:
     """Train a drafter on a frozen target; held-out accuracy and acceptance per draft position at every save."""
     from vllm_gumiho.training.trainer import Recipe, train
 
@@ -152,7 +154,7 @@ def demo(
     max_tokens: int = 64,
     concurrency: Annotated[int, typer.Option(help="Requests decoded together.")] = 4,
     output: Path = Path("out/demo.json"),
-):
+) -> None:
     """Chat with and without Gumiho, compare texts and speed.  Exit code 1 if a text differs."""
     from vllm_gumiho.demo import run_demo
 

@@ -60,8 +60,6 @@ class GumihoProposer(EagleProposer):
         metadata = kwargs["sampling_metadata"]
         tokens, probs = super()._sample_draft_tokens(features, metadata)
         if probs is not None:
-            serial_probs = self._last_draft_probs
-            assert serial_probs is not None
             head_probs = probs.view(-1, num_heads, probs.shape[-1])
-            self._last_draft_probs = torch.cat((serial_probs, head_probs), dim=1)
+            self._last_draft_probs: Tensor | None = torch.cat((self.take_last_draft_probs(), head_probs), dim=1)
         return torch.cat((drafted, tokens.view(-1, num_heads)), dim=1)

@@ -82,7 +82,7 @@ def drafter_config(target_config: Any, recipe: Recipe) -> DrafterConfig:
         num_key_value_heads=target_config.num_key_value_heads,
         head_dim=getattr(target_config, "head_dim", None)
         or target_config.hidden_size // target_config.num_attention_heads,
-        rope_theta=rope.get("rope_theta") or getattr(target_config, "rope_theta", 10000.0),
+        rope_theta=float(rope.get("rope_theta") or getattr(target_config, "rope_theta", 10000.0)),
         rms_norm_eps=target_config.rms_norm_eps,
         vocab_size=target_config.vocab_size,
         num_layers=recipe.num_layers,
@@ -101,9 +101,10 @@ class DrafterTrainer(Trainer):
         self._tokens, self._since = 0, time.monotonic()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        if self._use_muon and self.optimizer is None:
+        if self._use_muon and getattr(self, "optimizer", None) is None:
             self.optimizer = MuonWithAdamW(self.model.parameters(), self.args.learning_rate)
-        return self.optimizer or super().create_optimizer(*args, **kwargs)
+            return self.optimizer
+        return super().create_optimizer(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         outputs = model(**inputs)
