@@ -82,7 +82,7 @@ def drafter_config(target_config: Any, recipe: Recipe) -> DrafterConfig:
         num_key_value_heads=target_config.num_key_value_heads,
         head_dim=getattr(target_config, "head_dim", None)
         or target_config.hidden_size // target_config.num_attention_heads,
-        rope_theta=float(rope.get("rope_theta") or getattr(target_config, "rope_theta", 10000.0)),
+        rope_theta=float(rope.get("rope_theta", getattr(target_config, "rope_theta", 10000.0))),
         rms_norm_eps=target_config.rms_norm_eps,
         vocab_size=target_config.vocab_size,
         num_layers=recipe.num_layers,
