@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from vllm_gumiho.catalogue import find_checkpoint
 from vllm_gumiho.checkpoint import open_checkpoint
+from vllm_gumiho.training.drafter import DrafterConfig, GumihoDrafter
+from vllm_gumiho.training.objective import draft
 
 pytestmark = pytest.mark.engine
 PROMPT = "List five things to check before renting a flat."
@@ -50,3 +52,29 @@ def test_draft_tokens_and_features_equal_the_equations(recorded):
         if step + 1 < len(records):
             accepted += len(records[step + 1]["tokens"]) - len(record["tokens"]) - 1
     assert accepted > 0, "no draft was ever accepted, so later positions were never reached"
+
+
+def test_the_unrolled_training_pass_computes_what_the_engine_drafts(recorded):
+    """Where a draft was right, training fed the same tokens, so its features must be the engine's."""
+    records, reference = recorded
+    config = DrafterConfig(
+        hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
+        rope_theta=100000.0, rms_norm_eps=1e-5, vocab_size=49152,
+    )  # fmt: skip
+    drafter = GumihoDrafter(config)
+    drafter.load_state_dict(reference.weights)
+    for record in records[:4]:
+        # Training is given true next tokens; giving it the drafted ones makes it continue as drafting did.
+        ids = torch.tensor([record["tokens"] + record["drafted"]])
+        length = ids.shape[1]
+        features = torch.zeros(1, length, 576)
+        features[0, : len(record["features"])] = record["features"]
+        anchors = torch.zeros(1, length, dtype=torch.bool)
+        anchors[0, len(record["features"]) - 1] = True
+        with torch.no_grad():
+            out = draft(
+                drafter, reference.embed, ids, features, torch.arange(length)[None],
+                torch.ones(1, length, dtype=torch.long), anchors,
+            )  # fmt: skip
+        computed = torch.cat((*(s[anchors] for s in out.serial), out.heads[:, 0]))
+        torch.testing.assert_close(record["draft_features"], computed, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,133 @@
+"""The trainer learns, resumes exactly, and exports what the engine reads."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import pytest
+import tiny
+import torch
+
+from vllm_gumiho.checkpoint import open_checkpoint
+from vllm_gumiho.training.data import DataError, PackedRows, Sample, read_samples
+from vllm_gumiho.training.drafter import GumihoDrafter
+from vllm_gumiho.training.objective import Candidates, Objective, draft, losses, valid_anchors
+from vllm_gumiho.training.trainer import Recipe, train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Answers that count upwards, so that a drafter can learn them."""
+    rng = random.Random(0)
+    lines = []
+    for i in range(40):
+        start = rng.randrange(2, 100)
+        answer = [start + j for j in range(rng.randrange(8, 20))]
+        lines.append(json.dumps({"id": f"s{i}", "prompt": [rng.randrange(2, 150) for _ in range(5)], "answer": answer}))
+    file = tmp_path_factory.mktemp("data") / "answers.jsonl"
+    file.write_text("\n".join(lines))
+    return file
+
+
+def recipe(target, data, output, **changes) -> Recipe:
+    small = {
+        "steps": 4, "save_every": 2, "rows": 2, "row_length": 64, "eval_rows": 2, "held_out": 0.1, "bf16": False,
+        "candidates": 32, "frequent": 16, "extra": {"disable_tqdm": True, "report_to": []},
+    }  # fmt: skip
+    return Recipe(target=str(target), data=[str(data)], output=str(output), **(small | changes))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, tiny_target, data, optimizer):
+    whole = tmp_path / "whole"
+    train(recipe(tiny_target, data, whole, recipe="unrolled", optimizer=optimizer))
+    (tmp_path / "part").mkdir()
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
+    train(recipe(tiny_target, data, tmp_path / "part", recipe="unrolled", optimizer=optimizer), resume=True)
+    expected = dict(open_checkpoint(whole / "final").tensors())
+    resumed = dict(open_checkpoint(tmp_path / "part" / "final").tensors())
+    half = dict(open_checkpoint(whole / "checkpoint-2" / "drafter").tensors())
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert any(not torch.equal(expected[name], half[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["paper", "unrolled"])
+def test_training_lowers_the_loss_and_exports_a_whole_drafter(tmp_path, tiny_target, data, name):
+    metrics = train(recipe(tiny_target, data, tmp_path, recipe=name, steps=30, save_every=30, learning_rate=3e-3))
+    state = json.loads((tmp_path / "checkpoint-30" / "trainer_state.json").read_text())
+    logged = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert logged
+    assert all(value == value and value > 0 for value in logged)
+    assert metrics["eval_acceptance_length"] >= 1.0
+    written = open_checkpoint(tmp_path / "final")
+    assert written.sizes.max_draft_tokens == 7
+    assert json.loads((tmp_path / "final" / "recipe.json").read_text())["recipe"] == name
+
+
+def test_one_batch_can_be_learned(tiny_target, data):
+    from transformers import AutoModelForCausalLM
+
+    from vllm_gumiho.training.objective import FrozenTarget
+
+    torch.manual_seed(0)
+    target = FrozenTarget(AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32))
+    batch = {k: v[None] for k, v in PackedRows(read_samples([data], tiny.VOCAB), 64)[0].items()}
+    features = target.features(batch)
+    drafter = GumihoDrafter(tiny.drafter_config())
+    drafter.init_weights(1.0, 1.0)
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-3)
+    objective, seen = Objective.unrolled(5, candidates=0), []
+    for _ in range(40):
+        loss, _ = losses(drafter, objective, target.embed, target.lm_head, batch, features, torch.arange(4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(float(loss.detach()))
+    # The floor is the entropy of the target's own distribution, so the loss cannot go to zero.
+    assert seen[-1] < 0.8 * seen[0]
+
+
+def test_packed_sequences_do_not_see_each_other(tiny_target):
+    """Draft features of a sequence are the same alone and behind another one in a row."""
+    torch.manual_seed(0)
+    drafter = GumihoDrafter(tiny.drafter_config())
+    drafter.init_weights(1.0, 1.0)
+    embed = torch.randn(tiny.VOCAB, tiny.HIDDEN)
+    first, second = Sample("a", [3, 4, 5], list(range(10, 20))), Sample("b", [7, 8], list(range(30, 42)))
+
+    def features_of(samples, row_length):
+        (row,) = [PackedRows(samples, row_length)[0]]
+        batch = {k: v[None] for k, v in row.items()}
+        ids, segments = batch["input_ids"], batch["segments"]
+        table = torch.sin(torch.arange(tiny.VOCAB)[:, None] * torch.arange(1, tiny.HIDDEN + 1) * 0.37)
+        anchors = valid_anchors(segments, batch["answer"], 7)
+        anchors &= segments == segments.max()
+        out = draft(drafter, embed, ids, table[ids], batch["positions"], segments, anchors)
+        return torch.stack([*(s[anchors] for s in out.serial), *out.heads])
+
+    alone, behind = features_of([second], 32), features_of([first, second], 32)
+    assert alone.shape[1] > 0
+    torch.testing.assert_close(alone, behind, rtol=1e-4, atol=1e-5)
+
+
+def test_the_drawn_vocabulary_estimates_the_whole_normaliser():
+    torch.manual_seed(0)
+    lm_head, features = torch.randn(500, 16) * 0.3, torch.randn(8, 16)
+    exact = (features @ lm_head.T).logsumexp(-1)
+    labels, frequent = torch.tensor([4, 9, 4]), torch.arange(40)
+    draws = []
+    for _ in range(200):
+        subset = Candidates.draw(labels, frequent, 500, 60)
+        assert (subset.ids[subset.column(labels)] == labels).all()
+        draws.append(subset.logits(features, subset.weight(lm_head)).exp().sum(-1))
+    torch.testing.assert_close(torch.stack(draws).mean(0).log(), exact, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("line", ["{", '{"id": 1}', '{"id": 1, "prompt": [1], "answer": [5, 999]}'])
+def test_a_line_that_is_no_sample_is_named(tmp_path, line):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(DataError, match=r"bad\.jsonl:1"):
+        read_samples([file], 160)
