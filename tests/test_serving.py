@@ -32,7 +32,8 @@ def server(tmp_path_factory, embedded_target):
     with log.open("w") as out:
         process = subprocess.Popen(
             [
-                str(BIN / "vllm"), "serve", str(embedded_target), "--served-model-name", "smollm2", "--dtype", "float32",
+                str(BIN / "vllm"), "serve", str(embedded_target), "--served-model-name", "smollm2",
+                "--dtype", "float32",
                 "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512", "--max-num-seqs", "4",
                 "--enforce-eager", "--speculative-model", "gumiho",
             ],

@@ -64,6 +64,7 @@ HOOKS: tuple[Hook, ...] = (
          ("num_speculative_tokens", "sampling_metadata")),
     Hook(f"{_V1}.llm_base_proposer", "SpecDecodeBaseProposer._sample_draft_tokens", "inherited",
          "what each serial step drafted from", ("hidden_states", "sampling_metadata")),
+    Hook(f"{_V1}.llm_base_proposer", "SpecDecodeBaseProposer.dummy_run", "inherited", "runs the serial steps only"),
     Hook(f"{_V1}.llm_base_proposer", "SpecDecodeBaseProposer._greedy_sample", "inherited", "the argmax kernel",
          ("hidden_states",)),
     Hook(f"{_V1}.llm_base_proposer", "SpecDecodeBaseProposer.load_model", "inherited", "the line in the log",

@@ -29,6 +29,14 @@ class GumihoProposer(EagleProposer):
         super().load_model(target_model)
         self.model.log_start(self.num_speculative_tokens, "V1")
 
+    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
+        """As many forward passes as a real draft makes: the serial steps."""
+        length, self.num_speculative_tokens = self.num_speculative_tokens, self.num_serial_steps
+        try:
+            super().dummy_run(*args, **kwargs)
+        finally:
+            self.num_speculative_tokens = length
+
     def _greedy_sample(self, hidden_states: Tensor) -> Tensor:
         tokens = self.model.greedy_tokens(hidden_states)
         return super()._greedy_sample(hidden_states) if tokens is None else tokens
