@@ -73,6 +73,8 @@ def test_one_batch_can_be_learned(tiny_target, data):
 
     torch.manual_seed(0)
     target = FrozenTarget(AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32))
+    # A sharp target, so that the loss is not all entropy.
+    target.lm_head = target.lm_head * 10
     batch = {k: v[None] for k, v in PackedRows(read_samples([data], tiny.VOCAB), 64)[0].items()}
     features = target.features(batch)
     drafter = GumihoDrafter(tiny.drafter_config())
@@ -85,8 +87,7 @@ def test_one_batch_can_be_learned(tiny_target, data):
         loss.backward()
         optimizer.step()
         seen.append(float(loss.detach()))
-    # The floor is the entropy of the target's own distribution, so the loss cannot go to zero.
-    assert seen[-1] < 0.8 * seen[0]
+    assert seen[-1] < 0.6 * seen[0]
 
 
 def test_packed_sequences_do_not_see_each_other(tiny_target):

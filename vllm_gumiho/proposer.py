@@ -17,6 +17,8 @@ class GumihoProposer(EagleProposer):
     what the heads are fed.
     """
 
+    num_speculative_tokens: int
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.num_serial_steps: int = self.draft_model_config.hf_config.num_serial_steps
@@ -31,7 +33,8 @@ class GumihoProposer(EagleProposer):
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
         """As many forward passes as a real draft makes: the serial steps."""
-        length, self.num_speculative_tokens = self.num_speculative_tokens, self.num_serial_steps
+        length: int = self.num_speculative_tokens
+        self.num_speculative_tokens = min(length, self.num_serial_steps)
         try:
             super().dummy_run(*args, **kwargs)
         finally:

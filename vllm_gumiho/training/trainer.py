@@ -189,15 +189,16 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     frequent = counts.argsort(descending=True)[: recipe.frequent]
     frequent = frequent[counts[frequent] > 0]
 
-    arguments = TrainingArguments(
-        output_dir=recipe.output, max_steps=recipe.steps, per_device_train_batch_size=recipe.rows,
-        per_device_eval_batch_size=1, learning_rate=recipe.learning_rate, lr_scheduler_type="cosine",
-        warmup_steps=int(recipe.warmup_ratio * recipe.steps), adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0,
-        max_grad_norm=0.5, bf16=recipe.bf16, use_cpu=not torch.cuda.is_available(), logging_steps=20,
-        eval_strategy="steps", eval_steps=recipe.save_every, save_strategy="steps", save_steps=recipe.save_every,
-        save_total_limit=2, remove_unused_columns=False, label_names=["index"], seed=recipe.seed,
-        report_to=["tensorboard"], dataloader_num_workers=0, **recipe.extra,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "output_dir": recipe.output, "max_steps": recipe.steps, "per_device_train_batch_size": recipe.rows,
+        "per_device_eval_batch_size": 1, "learning_rate": recipe.learning_rate, "lr_scheduler_type": "cosine",
+        "warmup_steps": int(recipe.warmup_ratio * recipe.steps), "adam_beta1": 0.9, "adam_beta2": 0.95,
+        "weight_decay": 0.0, "max_grad_norm": 0.5, "bf16": recipe.bf16, "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 20, "eval_strategy": "steps", "eval_steps": recipe.save_every, "save_strategy": "steps",
+        "save_steps": recipe.save_every, "save_total_limit": 2, "remove_unused_columns": False,
+        "label_names": ["index"], "seed": recipe.seed, "report_to": ["tensorboard"], "dataloader_num_workers": 0,
+    }  # fmt: skip
+    arguments = TrainingArguments(**(settings | recipe.extra))
     trainer = DrafterTrainer(
         use_muon=recipe.optimizer == "muon",
         model=TrainingModel(drafter, objective, target, frequent),
