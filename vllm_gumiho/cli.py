@@ -151,7 +151,7 @@ def demo(
     ] = "smollm2",
     checkpoint: Annotated[str, typer.Option(help="Gumiho checkpoint; 'gumiho' finds the target's.")] = "gumiho",
     num_speculative_tokens: int = 7,
-    max_tokens: int = 64,
+    max_tokens: int = 128,
     concurrency: Annotated[int, typer.Option(help="Requests decoded together.")] = 4,
     output: Path = Path("out/demo.json"),
 ) -> None:
