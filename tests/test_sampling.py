@@ -8,7 +8,7 @@ import torch
 from engines import case, run_engines
 
 pytestmark = pytest.mark.engine
-PROMPT = [5, 17, 90, 33]
+PROMPT = [5, 17, 9, 30]
 DRAWS = 3000
 LENGTH = 3
 # Upper 0.1 % point of chi-square per degree of freedom is below this for 20 or more of them.

@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.platforms import current_platform
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
+
+from vllm_gumiho.cpu_sampling import correct_expansion
 
 
 class GumihoProposer(EagleProposer):
@@ -21,6 +24,8 @@ class GumihoProposer(EagleProposer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if current_platform.is_cpu():
+            correct_expansion()
         self.num_serial_steps: int = self.draft_model_config.hf_config.num_serial_steps
         self._hidden: list[Tensor] = []
         self._tokens: list[Tensor] = []
