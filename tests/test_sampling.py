@@ -35,8 +35,7 @@ def drawn(tmp_path_factory, target):
     return run_engines(tmp_path_factory.mktemp("draws"), "v1", cases)
 
 
-@pytest.fixture(scope="module")
-def exact(target) -> torch.Tensor:
+def exact_probabilities(target, temperature: float) -> torch.Tensor:
     """Exact probabilities of each token at each of the sampled positions, ``[LENGTH, V]`` float64."""
     from transformers import AutoModelForCausalLM
 
@@ -45,13 +44,18 @@ def exact(target) -> torch.Tensor:
     prefixes, weight, rows = torch.tensor([PROMPT]), torch.ones(1, dtype=torch.float64), []
     with torch.no_grad():
         for _ in range(LENGTH):
-            probs = model(prefixes).logits[:, -1].double().softmax(-1)
+            probs = (model(prefixes).logits[:, -1].double() / temperature).softmax(-1)
             rows.append(weight @ probs)
             weight = (weight[:, None] * probs).flatten()
             prefixes = torch.cat(
                 (prefixes.repeat_interleave(vocab, 0), torch.arange(vocab).repeat(len(prefixes))[:, None]), dim=1
             )
     return torch.stack(rows)
+
+
+@pytest.fixture(scope="module")
+def exact(target) -> torch.Tensor:
+    return exact_probabilities(target, 1.0)
 
 
 def chi_square_per_degree(counts: torch.Tensor, probs: torch.Tensor) -> float:
@@ -78,11 +82,10 @@ def test_sampled_tokens_follow_the_targets_distribution(drawn, exact, method, po
     assert chi_square_per_degree(counts, exact[position]) < LIMIT
 
 
-@pytest.mark.parametrize("position", range(1, LENGTH))
-def test_the_statistic_catches_a_wrong_sampler(drawn, exact, position):
-    """A sampler that always takes accepted drafts twice as often as it should would move this much mass."""
-    counts = counts_at(drawn["greedy"]["tokens"][0], position, exact.shape[1])
-    wrong = exact[position].clone()
-    likely = wrong.argmax()
-    wrong[likely] *= 1.3
-    assert chi_square_per_degree(counts, wrong / wrong.sum()) > LIMIT
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+@pytest.mark.parametrize("position", range(LENGTH))
+def test_the_statistic_catches_a_wrong_sampler(drawn, target, method, position):
+    """What a sampler at T = 0.7 would have to show is not what was drawn."""
+    wrong = exact_probabilities(target, 0.7)
+    counts = counts_at(drawn[method]["tokens"][0], position, wrong.shape[1])
+    assert chi_square_per_degree(counts, wrong[position]) > LIMIT
