@@ -126,6 +126,11 @@ def test_the_drawn_vocabulary_estimates_the_whole_normaliser():
     torch.testing.assert_close(torch.stack(draws).mean(0).log(), exact, rtol=0, atol=0.05)
 
 
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nothing\.jsonl: no such file"):
+        read_samples([tmp_path / "nothing.jsonl"], 160)
+
+
 @pytest.mark.parametrize("line", ["{", '{"id": 1}', '{"id": 1, "prompt": [1], "answer": [5, 999]}'])
 def test_a_line_that_is_no_sample_is_named(tmp_path, line):
     file = tmp_path / "bad.jsonl"

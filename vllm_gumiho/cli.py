@@ -25,10 +25,11 @@ def main() -> None:
     from vllm_gumiho.checkpoint import CheckpointError
     from vllm_gumiho.embedded import EmbeddedTargetError
     from vllm_gumiho.hooks import HookError
+    from vllm_gumiho.training.data import DataError
 
     try:
         app()
-    except (CheckpointError, HookError, EmbeddedTargetError) as error:
+    except (CheckpointError, DataError, HookError, EmbeddedTargetError) as error:
         Console(stderr=True).print(f"vllm-gumiho: {error}", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
 
@@ -127,6 +128,12 @@ def train(
     save_every: int = 200,
     cache_features: Annotated[bool, typer.Option(help="Keep target features in memory (bfloat16).")] = False,
     float32: Annotated[bool, typer.Option("--float32", help="No bfloat16 autocast.")] = False,
+    optimizer: Annotated[str, typer.Option(help="'adamw' (the paper's) or 'muon'.")] = "adamw",
+    phase: Annotated[
+        str, typer.Option(help="'all', 'serial' (Transformer alone) or 'heads' (on a frozen one).")
+    ] = "all",
+    init_from: Annotated[str | None, typer.Option(help="Checkpoint to start from.")] = None,
+    feature_weight: Annotated[float | None, typer.Option(help="Weight of the feature loss; the recipe's own.")] = None,
     seed: int = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
 ) -> None:
@@ -138,6 +145,10 @@ def train(
             target=target, data=data, output=output, recipe=recipe, steps=steps, rows=rows, row_length=row_length,
             learning_rate=learning_rate, save_every=save_every, cache_features=cache_features, bf16=not float32,
             seed=seed,
+            optimizer=optimizer,
+            phase=phase,
+            init_from=init_from,
+            feature_weight=feature_weight,
         ),
         resume,
     )  # fmt: skip

@@ -36,11 +36,13 @@ class Sample:
 def read_samples(paths: Iterable[Path], vocab_size: int) -> list[Sample]:
     """All samples of the files (a folder stands for its ``*.jsonl``), first of each id.
 
-    Raises: DataError for a line that is no sample or names a token outside the vocabulary.
+    Raises: DataError for a file that is not there, a line that is no sample, or a token outside the vocabulary.
     """
     files = [f for path in map(Path, paths) for f in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
     samples: dict[str, Sample] = {}
     for file in files:
+        if not file.is_file():
+            raise DataError(f"{file}: no such file of training samples; make one with 'vllm-gumiho generate'")
         for number, line in enumerate(file.read_text().split("\n"), 1):
             if not line.strip():
                 continue
