@@ -12,6 +12,9 @@ import torch
 
 from vllm_gumiho.kernels import bench
 from vllm_gumiho.kernels.bench.cases import ArgmaxCase, HeadsCase, HeadsInputs
+from vllm_gumiho.kernels.bench.draft_round import RoundCase
+
+TINY_ROUND = RoundCase(2, 64, 96, 4, 2, vocab=101, heads=2, context=5, dtype=torch.float32, device="cpu")
 
 
 def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -31,6 +34,7 @@ def test_dry_run(tmp_path):
         assert row["error"] <= row["tolerance"]
         assert row["microseconds"] is None
     assert any(row["error"] > 0 for row in record["rows"])
+    assert {row["operation"] for row in record["rows"]} == {"parallel_heads", "lm_head_argmax", "draft_round"}
     assert "GB/s" not in run.stdout
 
 
@@ -71,6 +75,7 @@ def test_byte_budget():
     assert HeadsCase(4096, 1).bytes("triton") / 1e6 == pytest.approx(1174.7, abs=0.5)
     assert HeadsCase(4096, 1).bytes("triton, fp8 weights") / 1e6 == pytest.approx(588, abs=1)
     assert ArgmaxCase(4096, 5).bytes("triton") / 1e6 == pytest.approx(1051, abs=1)
+    assert RoundCase(1).bytes("triton") / 1e9 == pytest.approx(6.3, abs=0.05)
 
 
 @pytest.mark.parametrize("hidden", [576, 2048, 4096, 8192])
@@ -86,3 +91,36 @@ def test_every_asked_case_is_planned():
     heads = {(c.hidden, c.batch) for c, compiled in planned if isinstance(c, HeadsCase) and not compiled}
     assert heads == {(h, b) for h in (576, 2048, 4096, 8192) for b in (1, 2, 4, 8, 16, 32, 64)}
     assert any(compiled for _, compiled in planned)
+    rounds = {(c.batch, compiled) for c, compiled in planned if isinstance(c, RoundCase)}
+    assert rounds == {(1, False), (8, False), (64, False), (1, True)}
+
+
+def test_a_round_is_put_beside_its_bytes_and_a_target_pass(monkeypatch):
+    """4.2 TB/s: 6.29 GB take 1.5 ms, a target pass 3.6 ms."""
+    monkeypatch.setattr(bench.timing, "graph_microseconds", lambda calls: 1800.0)
+    assert RoundCase(1).at_copy_bandwidth(1800.0, 4200.0) == pytest.approx((1.2, 0.504), abs=0.005)
+    row = bench.measure(TINY_ROUND, [TINY_ROUND.inputs(0)], "library", TINY_ROUND.methods()["library calls"], 100.0)
+    assert row.times_of_bytes == pytest.approx(1800.0 / (TINY_ROUND.bytes("") / 100.0 / 1e3))
+    assert f"{row.times_of_bytes:.2f} x its bytes" in row.line()
+
+
+@pytest.mark.parametrize("part", ["tokens", "fused", "hidden", "z", "caches", "position"])
+def test_a_wrong_part_of_a_round_is_found(part):
+    """Each part of the result is checked; ``position``: the second step at the place of the first."""
+    inputs, run = TINY_ROUND.inputs(0), TINY_ROUND.methods()["library calls"]
+    right = run(inputs)
+    error, tolerance = TINY_ROUND.check("", right, inputs)
+    assert error <= tolerance
+    if part == "tokens":
+        wrong = right._replace(tokens=right.tokens.roll(1, dims=1))
+    elif part == "z":
+        wrong = right._replace(z=right.z.flip(0))
+    elif part == "position":
+        moved = inputs._replace(rotations=inputs.rotations[[0, 0]])
+        wrong = run(moved)
+    else:
+        changed = [t.clone() for t in getattr(right, part)]
+        changed[1].view(-1)[7] += 0.1
+        wrong = right._replace(**{part: changed})
+    error, tolerance = TINY_ROUND.check("", wrong, inputs)
+    assert not error <= tolerance

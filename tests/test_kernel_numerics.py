@@ -24,8 +24,6 @@ from vllm_gumiho.kernels.parallel_heads.tiling import choose_tiling
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and interpreting()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Spacing of the numbers around 1.  The interpreter truncates to bfloat16, so a stored z is off by up to one spacing.
-SPACING = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 def head_weights(n: int, hidden: int, steps: int, dtype: torch.dtype) -> heads.HeadWeights:
@@ -46,7 +44,7 @@ def assert_heads(z: Tensor, m: Tensor, weights: heads.HeadWeights) -> None:
     exact = heads.parallel_heads_reference(m.float(), heads.HeadWeights(*(t.float() for t in weights)))
     assert z.shape == exact.shape
     assert z.dtype == m.dtype
-    tolerance = heads.HEAD_STAGES * SPACING[m.dtype] * exact.abs().max().item()
+    tolerance = heads.HEAD_STAGES * heads.SPACING[m.dtype] * exact.abs().max().item()
     torch.testing.assert_close(z.float(), exact, atol=tolerance, rtol=0)
 
 
@@ -109,16 +107,23 @@ class TestParallelHeads:
 
     @pytest.mark.parametrize(("n", "hidden", "batch", "dtype"), [
         (1, 576, 3, torch.bfloat16), (1, 576, 17, torch.float16), (1, 1536, 1, torch.bfloat16),
+        (1, 576, 1, torch.float32),
     ])  # fmt: skip
     def test_sizes_of_real_models(self, poisoned, n, hidden, batch, dtype):
         weights, m = head_weights(n, hidden, 2, dtype), torch.randn(batch, 2 * hidden).to(dtype)
         assert_heads(heads.parallel_heads(m, weights), m, weights)
 
+    def test_fp8_weights_at_the_size_of_a_real_model(self, poisoned):
+        weights, scales = heads.quantize_heads(head_weights(1, 576, 2, torch.bfloat16))
+        m = torch.randn(3, 1152).bfloat16()
+        z = heads.parallel_heads(m, weights, scales)
+        assert_heads(z, m, heads.dequantize_heads(weights, scales, torch.float32))
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_one_launch_equals_launch_per_stage(self, poisoned, dtype):
         """The form with barriers, by the one program that the interpreter can run so, twice with the same counters."""
         weights, m = head_weights(2, 80, 2, dtype), torch.randn(3, 160).to(dtype)
-        counters = torch.zeros(heads.HEAD_STAGES, dtype=torch.int32)
+        counters = heads.new_counters(m.device)
         before = heads.launches[heads.HeadsPath.FUSED]
         stages = heads.parallel_heads(m, weights, path=heads.HeadsPath.STAGES)
         for _ in range(2):
@@ -127,6 +132,35 @@ class TestParallelHeads:
             assert not counters.any()
         assert heads.launches[heads.HeadsPath.FUSED] == before + 2
 
+    @pytest.mark.parametrize("steps", [1, 2, 3])
+    def test_inputs_are_read_where_they_lie(self, poisoned, monkeypatch, steps):
+        """Column blocks with strides of their own give the very same z; one or two of them are never concatenated."""
+        weights, wide = head_weights(2, 48, steps, torch.bfloat16), torch.randn(5, 200).bfloat16()
+        blocks = [wide[:3, :48], torch.randn(3, 3, 48).bfloat16()[:, 1], torch.randn(3, 48).bfloat16()][:steps]
+        whole = torch.cat(blocks, dim=-1)
+        z = heads.parallel_heads(whole, weights)
+        assert_heads(z, whole, weights)
+        assert z.transpose(0, 1).is_contiguous()
+        if steps < 3:
+            monkeypatch.setattr(torch, "cat", lambda *a, **k: pytest.fail("a copy"))
+            monkeypatch.setattr(Tensor, "contiguous", lambda *a, **k: pytest.fail("a copy"))
+        assert torch.equal(heads.parallel_heads(blocks, weights), z)
+        padded = torch.randn(3, steps * 48 + 7).bfloat16()
+        padded[:, : steps * 48] = whole
+        assert torch.equal(heads.parallel_heads(padded[:, : steps * 48], weights), z)
+
+    def test_a_barrier_in_vain_gives_up(self):
+        """Two programs that the interpreter runs one after the other: the first waits for the second and must end."""
+        from vllm_gumiho.kernels.parallel_heads.triton import parallel_heads_kernel
+
+        weights, m = head_weights(1, 32, 1, torch.float32), torch.randn(1, 32)
+        z, counters = torch.empty(2, 1, 1, 32), heads.new_counters(m.device)
+        parallel_heads_kernel[(2,)](
+            m, m, weights.first_weight, weights.first_bias, weights.weight, weights.bias, z, z, z, counters,
+            32, 32, 1, 1, heads.HEAD_STAGES, True, True, False, 1, 32, 1, 16, 16, 32, 1, 3,
+        )  # fmt: skip
+        assert counters.tolist() == [0, 0, 0, 0, 0, 0, 1]
+
     def test_barrier_under_interpreter_is_refused(self):
         from vllm_gumiho.kernels.parallel_heads.triton import parallel_heads_triton
 
@@ -134,7 +168,7 @@ class TestParallelHeads:
         tiling = choose_tiling(1, 1, 16, 4, 4, _INTERPRETED)
         assert tiling.programs > 1
         with pytest.raises(ValueError, match="only one"):
-            parallel_heads_triton(m, weights, None, tiling, torch.zeros(6, dtype=torch.int32))
+            parallel_heads_triton(m[:, :0], m, weights, None, tiling, heads.new_counters(m.device))
 
     @pytest.mark.parametrize("native", [True, False], ids=["converted", "decoded"])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -144,7 +178,7 @@ class TestParallelHeads:
         exact, m = head_weights(2, 80, 2, dtype), torch.randn(3, 160).to(dtype)
         weights, scales = heads.quantize_heads(exact)
         tiling = replace(choose_tiling(3, 2, 80, 1, 2, _INTERPRETED), native_fp8=native)
-        z = parallel_heads_triton(m, weights, scales, tiling, None)
+        z = parallel_heads_triton(m[:, :80], m[:, 80:], weights, scales, tiling, None)
         assert_heads(z, m, heads.dequantize_heads(weights, scales, torch.float32))
 
     def test_every_fp8_value_is_decoded(self, poisoned):
@@ -159,7 +193,7 @@ class TestParallelHeads:
         )  # fmt: skip
         scales = heads.HeadScales(torch.ones(1, 16), torch.ones(1, 5, 16))
         tiling = replace(choose_tiling(16, 1, 16, 1, 4, _INTERPRETED), native_fp8=False)
-        z = parallel_heads_triton(torch.eye(16), weights, scales, tiling, None)
+        z = parallel_heads_triton(torch.empty(16, 0), torch.eye(16), weights, scales, tiling, None)
         torch.testing.assert_close(z[0], torch.nn.functional.silu(values.T), rtol=1e-5, atol=0)
 
     def test_batch_above_the_tile(self):

@@ -55,8 +55,9 @@ class GumihoProposer(EagleProposer):
         tokens, probs = super()._sample_draft_tokens(hidden_states, sampling_metadata)
         if self._hidden:
             # The pass that made these features fused (y, h) of the step before: o of that step.
-            fused = self.model.fused[: hidden_states.shape[0]]
-            self._fused.append(fused if self.num_serial_steps == 2 else fused.clone())
+            fused = self.model.last_fused(hidden_states.shape[0])
+            last_pass = len(self._hidden) == self.num_serial_steps - 1
+            self._fused.append(fused if last_pass else fused.clone())
         self._hidden.append(hidden_states)
         self._tokens.append(tokens)
         return tokens, probs

@@ -42,8 +42,11 @@ class GumihoSpeculator(EagleSpeculator):
 
     def sample_draft(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Draft tokens of ``[N, H]``; greedy ones by the argmax kernel where it is on."""
-        if self.draft_logits is None and (tokens := self.model.greedy_tokens(hidden_states)) is not None:
-            return tokens
+        # Adaptive verification reads the logits of greedy drafts too.
+        if self.draft_logits is None and getattr(self, "acceptance_estimator", None) is None:
+            tokens = self.model.greedy_tokens(hidden_states)
+            if tokens is not None:
+                return tokens
         return super().sample_draft(hidden_states, *args, **kwargs)
 
     def _run_model(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -107,7 +110,7 @@ class GumihoSpeculator(EagleSpeculator):
         assert self._hidden is not None
         last = self.draft_tokens[:num_reqs, SERIAL_STEPS - 1]
         fused = self.model.model.fuse(last, self._hidden[:num_reqs])
-        features = self.model.head_features([self.model.fused[:num_reqs], fused], count)
+        features = self.model.head_features([self.model.last_fused(num_reqs), fused], count)
         offsets = self._head_offsets[:count]
         tokens = self.sample_draft(
             features,

@@ -77,25 +77,26 @@ def _registers_and_spills(compiled: Any) -> tuple[int, int]:
 
 def heads_reports(target: str, hidden: int, batch: int, dtype: str, weights: str, heads: int = 5) -> Iterator[Report]:
     """The parallel heads in the form that the target uses: one launch with barriers, or the two kinds of stage."""
-    from vllm_gumiho.kernels.parallel_heads.triton import parallel_heads_kernel
+    from vllm_gumiho.kernels.parallel_heads.triton import MAX_POLLS, parallel_heads_kernel
 
     device, scaled = TARGETS[target], weights == "fp8"
     sizes = _ELEMENT_SIZE[weights], _ELEMENT_SIZE[dtype]
     tiling = choose_tiling(batch, heads, hidden, *sizes, device)
     stored = ("fp8e4nv" if device.native_fp8 else "u8") if scaled else weights
-    pointers = dict.fromkeys(("m_ptr", "first_b_ptr", "b_ptr", "z_ptr"), dtype)
+    pointers = dict.fromkeys(("rest_ptr", "last_ptr", "first_b_ptr", "b_ptr", "z_ptr"), dtype)
     pointers |= {"first_w_ptr": stored, "w_ptr": stored, "counters_ptr": "i32"}
     pointers |= dict.fromkeys(("first_s_ptr", "s_ptr"), "fp32" if scaled else dtype)
     one, several = {"": (True, True)}, {", stage 0": (True, False), ", stage j": (False, False)}
     forms = one if target.startswith("cuda") else several
     for name, (first, barrier) in forms.items():
         constants = {
-            "FIRST": first, "BARRIER": barrier, "SCALED": scaled, "HEADS": heads, "H": hidden, "FIRST_K": 2 * hidden,
+            "FIRST": first, "BARRIER": barrier, "SCALED": scaled, "HEADS": heads, "H": hidden, "PARTS": 2,
             "BLOCK_H": tiling.block_h, "BLOCK_B": tiling.block_b, "BLOCK_K": tiling.block_k,
-            "NUM_STAGES": tiling.num_stages,
+            "NUM_STAGES": tiling.num_stages, "MAX_POLLS": MAX_POLLS,
         }  # fmt: skip
+        integers = "rest_stride last_stride B begin end"
         compiled = _compile(
-            parallel_heads_kernel, target, pointers, "B begin end", constants, tiling.num_warps, cooperative=barrier
+            parallel_heads_kernel, target, pointers, integers, constants, tiling.num_warps, cooperative=barrier
         )
         shape = f"H={hidden} B={tiling.block_b} n={heads} {dtype} x {weights}{name}"
         tile = f"{tiling.block_h}x{tiling.block_k} depth {tiling.num_stages}"
@@ -138,7 +139,8 @@ def reports(targets: list[str], hidden_sizes: list[int], batches: list[int], pai
                 for batch in batches:
                     yield from heads_reports(target, hidden, batch, dtype, weights)
                     if weights == dtype:
-                        yield from argmax_reports(target, hidden, 5 * batch, dtype)
+                        for rows in (batch, 5 * batch):  # a serial step's, and those of five heads
+                            yield from argmax_reports(target, hidden, rows, dtype)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,16 +15,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
 from vllm_gumiho.kernels.bench import cases, timing
+from vllm_gumiho.kernels.bench.draft_round import RoundCase
 
 HIDDEN_SIZES = [576, 2048, 4096, 8192]
 BATCHES = [1, 2, 4, 8, 16, 32, 64]
 # torch.compile tunes each shape for tens of seconds: these, in this order, while the time lasts.
 COMPILED = [(4096, 1), (4096, 8), (4096, 64), (2048, 1), (8192, 1), (576, 1), (2048, 8), (8192, 8), (576, 8)]
-ARGMAX_ROWS = [5, 40, 320]
+ARGMAX_ROWS = [1, 5, 8, 40, 64, 320]
+ROUND_BATCHES = [1, 8, 64]
+Case: TypeAlias = cases.HeadsCase | cases.ArgmaxCase | RoundCase
 
 
 @dataclass
@@ -41,6 +45,8 @@ class Row:
     microseconds: float | None = None
     gigabytes_per_second: float | None = None
     share_of_copy: float | None = None
+    times_of_bytes: float | None = None  # of a draft round: its time over that of its bytes at copy bandwidth
+    share_of_target_pass: float | None = None  # its time over that of a target pass's 15 GB
     note: str = ""
 
     @property
@@ -54,10 +60,12 @@ class Row:
         text = f"{self.operation:<15} {self.method:<28} H={self.hidden:<5} B={self.batch:<4} error {error}"
         if self.microseconds is not None:
             text += f" {self.microseconds:9.1f} us {self.gigabytes_per_second:8.1f} GB/s {self.share_of_copy:7.1%}"
+        if self.times_of_bytes is not None:
+            text += f" = {self.times_of_bytes:.2f} x its bytes, {self.share_of_target_pass:.1%} of a target pass"
         return f"{text}  {self.note}".rstrip()
 
 
-def measure(case: cases.Case, sets: list, method: str, run: Callable, copy_rate: float | None) -> Row:
+def measure(case: Case, sets: list, method: str, run: Callable, copy_rate: float | None) -> Row:
     """Check every set's result, then time one graph over all of them (copy_rate None: check only)."""
     checks = [case.check(method, run(inputs), inputs) for inputs in sets]
     error, tolerance = next((c for c in checks if not c[0] <= c[1]), max(checks))
@@ -68,27 +76,36 @@ def measure(case: cases.Case, sets: list, method: str, run: Callable, copy_rate:
         row.microseconds = timing.graph_microseconds([partial(run, inputs) for inputs in sets])
         row.gigabytes_per_second = case.bytes(method) / row.microseconds / 1e3
         row.share_of_copy = row.gigabytes_per_second / copy_rate
+        if isinstance(case, RoundCase):
+            row.times_of_bytes, row.share_of_target_pass = case.at_copy_bandwidth(row.microseconds, copy_rate)
     return row
 
 
-def plan(dry_run: bool, hidden_sizes: list[int], batches: list[int]) -> Iterator[tuple[cases.Case, bool]]:
+def plan(dry_run: bool, hidden_sizes: list[int], batches: list[int]) -> Iterator[tuple[Case, bool]]:
     """The cases and whether ``torch.compile`` is to be timed on them: those that take long come last."""
     if dry_run:
         yield cases.HeadsCase(hidden=80, batch=3, heads=2, dtype=torch.bfloat16, device="cpu"), False
         yield cases.HeadsCase(hidden=64, batch=1, heads=3, dtype=torch.float16, device="cpu"), False
         yield cases.ArgmaxCase(hidden=80, batch=5, vocab=1003, dtype=torch.bfloat16, device="cpu"), False
+        for dtype in (torch.float32, torch.bfloat16):
+            yield RoundCase(3, 64, 96, 4, 2, vocab=333, heads=2, context=9, dtype=dtype, device="cpu"), False
         return
     for hidden in hidden_sizes:
         for batch in batches:
             yield cases.HeadsCase(hidden, batch), False
     for rows in ARGMAX_ROWS:
         yield cases.ArgmaxCase(4096, rows), False
+    rounds = [RoundCase(b) for b in ROUND_BATCHES if RoundCase.hidden in hidden_sizes and b in batches]
+    for case in rounds:
+        yield case, False
+    for case in rounds[:1]:
+        yield case, True
     for hidden, batch in COMPILED:
         if hidden in hidden_sizes and batch in batches:
             yield cases.HeadsCase(hidden, batch), True
 
 
-def run_case(case: cases.Case, compiled: bool, copy_rate: float | None) -> Iterator[Row]:
+def run_case(case: Case, compiled: bool, copy_rate: float | None) -> Iterator[Row]:
     """Every method of one case, on the same sets."""
     try:
         sets = [case.inputs(seed) for seed in range(1 if copy_rate is None else case.set_count(timing.l2_bytes()))]

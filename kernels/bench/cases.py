@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm_gumiho.kernels.lm_head_argmax import TopToken, lm_head_argmax
 from vllm_gumiho.kernels.parallel_heads import (
     HEAD_STAGES,
+    SPACING,
     HeadScales,
     HeadsPath,
     HeadWeights,
@@ -23,9 +24,6 @@ from vllm_gumiho.kernels.parallel_heads import (
     parallel_heads_reference,
     quantize_heads,
 )
-
-# Spacing of the numbers around 1; Triton's interpreter truncates to bfloat16, so a rounding is off by up to that.
-SPACING = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 class HeadsInputs(NamedTuple):
@@ -192,6 +190,3 @@ class ArgmaxCase:
     def compiled_methods(self) -> dict[str, Callable[[ArgmaxInputs], TopToken]]:
         """None: a library product does the work."""
         return {}
-
-
-Case = HeadsCase | ArgmaxCase

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from vllm_gumiho.kernels.lm_head_argmax.reference import TopToken, lm_head_argmax_reference
+from vllm_gumiho.kernels.lm_head_argmax.reference import (
+    TopToken,
+    lm_head_argmax_reference,
+    pack_pairs,
+    reduce_pairs,
+)
 from vllm_gumiho.kernels.parallel_heads.dispatch import interpreting
 
 launches: Counter[str] = Counter()
@@ -18,7 +24,7 @@ def lm_head_argmax(rows: Tensor, weight: Tensor, vocab_size: int | None = None, 
     """rows ``[R, H]`` x weight ``[V, H]`` of one dtype -> ids ``[R]`` int64 and top logits ``[R]`` float32.
 
     vocab_size: rows of weight that are real tokens; padding behind them never wins.  A shard of a vocabulary that is
-    split over devices gives its first token as ``index_offset`` and hands the results to `reduce_shards`.
+    split over devices gives its first token as ``index_offset``; `vocab_parallel_argmax` does that and the rest.
     """
     size = weight.shape[0] if vocab_size is None else min(vocab_size, weight.shape[0])
     if size < 1:
@@ -32,3 +38,19 @@ def lm_head_argmax(rows: Tensor, weight: Tensor, vocab_size: int | None = None, 
     from vllm_gumiho.kernels.lm_head_argmax.triton import lm_head_argmax_triton
 
     return lm_head_argmax_triton(rows, weight, size, index_offset)
+
+
+def vocab_parallel_argmax(
+    rows: Tensor, weight: Tensor, vocab_size: int, index_offset: int, gather: Callable[[Tensor], Tensor]
+) -> TopToken:
+    """The top tokens ``[R]`` over a vocabulary whose LM head is split over P ranks; every rank gets them all.
+
+    weight ``[V, H]``: this rank's shard, of which the first ``vocab_size`` rows, perhaps none, are the tokens from
+    ``index_offset`` on.  gather: ``[R, 2]`` float32 of each rank -> ``[P, R, 2]``; no more is sent.
+    """
+    if vocab_size > 0:
+        top = lm_head_argmax(rows, weight, vocab_size, index_offset)
+    else:  # padding only: loses even among logits of -inf, as its id is the highest
+        ids = rows.new_full((rows.shape[0],), torch.iinfo(torch.int32).max, dtype=torch.int64)
+        top = TopToken(ids, rows.new_full(ids.shape, -torch.inf, dtype=torch.float32))
+    return reduce_pairs(gather(pack_pairs(top)))

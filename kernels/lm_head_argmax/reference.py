@@ -35,3 +35,13 @@ def reduce_shards(ids: Tensor, logits: Tensor) -> TopToken:
     """``[P, R]`` tokens of P vocabulary shards -> the best of each row; equal logits go to the lowest id."""
     top = logits.amax(dim=0)
     return TopToken(ids.masked_fill(logits != top, torch.iinfo(ids.dtype).max).amin(dim=0), top)
+
+
+def pack_pairs(top: TopToken) -> Tensor:
+    """``[R, 2]`` float32, the logit and the bits of the id: one collective sends both, and an id stays exact."""
+    return torch.stack((top.logits, top.ids.to(torch.int32).view(torch.float32)), dim=-1)
+
+
+def reduce_pairs(pairs: Tensor) -> TopToken:
+    """`pack_pairs` of P vocabulary shards, ``[P, R, 2]`` -> the best of each row, as `reduce_shards`."""
+    return reduce_shards(pairs[..., 1].contiguous().view(torch.int32).long(), pairs[..., 0])

@@ -3,10 +3,16 @@
 from vllm_gumiho.kernels.parallel_heads.batched import parallel_heads_batched
 from vllm_gumiho.kernels.parallel_heads.dispatch import HeadsPath, choose_path, launches, new_counters, parallel_heads
 from vllm_gumiho.kernels.parallel_heads.fp8 import HeadScales, dequantize_heads, quantize_heads
-from vllm_gumiho.kernels.parallel_heads.reference import HEAD_STAGES, HeadWeights, parallel_heads_reference
+from vllm_gumiho.kernels.parallel_heads.reference import (
+    HEAD_STAGES,
+    SPACING,
+    HeadWeights,
+    parallel_heads_reference,
+)
 
 __all__ = [
     "HEAD_STAGES",
+    "SPACING",
     "HeadScales",
     "HeadWeights",
     "HeadsPath",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
 
@@ -48,12 +50,36 @@ def _device(index: int) -> Device:
     return Device(properties.multi_processor_count, per_processor, per_program or per_processor, native)
 
 
+@functools.cache
+def cooperative_launch(index: int) -> bool:
+    """Whether the driver offers NVIDIA device ``index`` launches whose programs all start, or none of them."""
+    try:
+        driver, device, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_int()
+        if driver.cuDeviceGet(ctypes.byref(device), index):
+            return False
+        return not driver.cuDeviceGetAttribute(ctypes.byref(value), _COOPERATIVE_LAUNCH, device) and value.value == 1
+    except (OSError, AttributeError):
+        return False
+
+
+_COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
 # In place of a GPU under the interpreter: few programs, so that each gets several tiles.
 _INTERPRETED = Device(processors=2, shared_per_processor=228 << 10, shared_per_program=227 << 10)
 
 
+def _heads_inputs(m: Tensor | Sequence[Tensor], hidden: int) -> tuple[Tensor, Tensor]:
+    """m as ``rest [B, (S-1)*H]`` and ``last [B, H]``.  Copies nothing for a tensor or up to two column blocks."""
+    if isinstance(m, Tensor):
+        m = m if m.stride(-1) == 1 else m.contiguous()
+        return m[:, : m.shape[1] - hidden], m[:, m.shape[1] - hidden :]
+    *others, last = m
+    if len(others) < 2:
+        return (others[0] if others else last[:, :0]), last
+    return torch.cat(others, dim=-1), last
+
+
 def choose_path(m: Tensor, weights: HeadWeights, scales: HeadScales | None = None) -> tuple[HeadsPath, str]:
-    """The path for inputs like these, and why.  Reads shapes, dtypes and devices only."""
+    """The path for inputs like these, and why.  Reads devices, dtypes and shapes, of m the first dimension only."""
     batch, hidden = m.shape[0], weights.weight.shape[-1]
     if m.device.type == "cpu" and not interpreting():
         return HeadsPath.BATCHED, "the heads are on the CPU"
@@ -70,6 +96,8 @@ def choose_path(m: Tensor, weights: HeadWeights, scales: HeadScales | None = Non
     if torch.version.hip is not None:
         # The barrier of a workgroup's threads waits for shared memory only there, not for global stores.
         return HeadsPath.STAGES, "the barrier inside the launch is built for NVIDIA devices"
+    if not cooperative_launch(m.device.index or 0):
+        return HeadsPath.STAGES, "the driver offers no cooperative launch, which the barrier inside the launch needs"
     return HeadsPath.FUSED, f"batch {batch} fits one launch"
 
 
@@ -77,11 +105,11 @@ _kept_counters: dict[torch.device, Tensor] = {}
 
 
 def new_counters(device: torch.device) -> Tensor:
-    """Barrier counters ``[6]`` int32, zero; every launch leaves them zero again.
+    """Barrier counters ``[7]`` int32, zero; every launch leaves the first six zero again.
 
-    Two launches that may run at the same time need two sets.
+    The seventh stays 1 once a wait has given up.  Two launches that may run at the same time need two sets.
     """
-    return torch.zeros(HEAD_STAGES, dtype=torch.int32, device=device)
+    return torch.zeros(HEAD_STAGES + 1, dtype=torch.int32, device=device)
 
 
 def _counters(device: torch.device) -> Tensor:
@@ -96,7 +124,7 @@ def _counters(device: torch.device) -> Tensor:
 
 
 def parallel_heads(
-    m: Tensor,
+    m: Tensor | Sequence[Tensor],
     weights: HeadWeights,
     scales: HeadScales | None = None,
     path: HeadsPath | None = None,
@@ -104,28 +132,35 @@ def parallel_heads(
 ) -> Tensor:
     """``m [B, S*H]`` -> ``z [n, B, H]`` in m's dtype; every path follows `parallel_heads_reference`.
 
+    m: also as its S column blocks ``[B, H]``, of which the kernel reads one or two where they lie.  Its z is a view of
+    ``[B, n, H]`` in memory.
     scales: with float8 weights, and only with them.  path: None for the one `choose_path` names.
     counters: `new_counters` of the caller's own, where launches may overlap on several streams.
     """
+    one = m if isinstance(m, Tensor) else m[-1]
     if path is None:
-        path, _ = choose_path(m, weights, scales)
+        path, _ = choose_path(one, weights, scales)
     launches[path] += 1
     if path is HeadsPath.BATCHED:
-        return parallel_heads_batched(m, weights if scales is None else dequantize_heads(weights, scales, m.dtype))
+        whole = m if isinstance(m, Tensor) else torch.cat(tuple(m), dim=-1)
+        full = weights if scales is None else dequantize_heads(weights, scales, one.dtype)
+        return parallel_heads_batched(whole, full)
 
     from vllm_gumiho.kernels.parallel_heads.triton import parallel_heads_triton
 
-    on_cpu = m.device.type == "cpu"
-    device = _INTERPRETED if on_cpu else _device(m.device.index or 0)
+    on_cpu = one.device.type == "cpu"
+    device = _INTERPRETED if on_cpu else _device(one.device.index or 0)
     if path is not HeadsPath.FUSED:
         counters = None
     elif counters is None:
-        counters = _counters(m.device)
+        counters = _counters(one.device)
     heads, hidden = weights.first_bias.shape
+    rest, last = _heads_inputs(m, hidden)
     parts = []
-    for rows in m.contiguous().split(MAX_BATCH):
-        tiling = choose_tiling(rows.shape[0], heads, hidden, weights.weight.element_size(), m.element_size(), device)
+    for rows, last_rows in zip(rest.split(MAX_BATCH), last.split(MAX_BATCH), strict=True):
+        sizes = weights.weight.element_size(), last.element_size()
+        tiling = choose_tiling(last_rows.shape[0], heads, hidden, *sizes, device)
         if on_cpu and path is HeadsPath.FUSED:
             tiling = replace(tiling, programs=1)
-        parts.append(parallel_heads_triton(rows, weights, scales, tiling, counters))
+        parts.append(parallel_heads_triton(rows, last_rows, weights, scales, tiling, counters))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

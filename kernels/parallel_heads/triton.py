@@ -9,10 +9,15 @@ Grid: ``(programs,)``, all of them resident at once.  A stage is ``n * ceil(H / 
 p takes the tiles p, p + programs, ... and walks over them and their K blocks in one flat loop, so that the loads of the
 next tile are under way while the present one ends.  Between two stages every program waits for every other.
 
+m comes as two blocks of columns, ``rest [B, (S-1)*H]`` and ``last [B, H]``, each with a row stride of its own: o_S and
+the vectors before it are made by different passes, and no concatenation of them is written.  z lies as ``[B, n, H]``:
+the rows of one request together, as the LM head wants them.
+
 Barrier: ``counters[j]`` counts the programs that finished stage j.  A program's stores are made visible by a barrier of
 its threads and then one add with release order by one thread; the wait polls with acquire order and is followed by a
-barrier of the threads.  ``counters[5]`` counts departures: the last program to leave sets all counters back to zero, so
-that the next launch, or the next replay of a CUDA graph, finds them as this one did.
+barrier of the threads.  ``counters[5]`` counts departures: the last program to leave sets these six back to zero, so
+that the next launch, or the next replay of a CUDA graph, finds them as this one did.  A wait gives up after MAX_POLLS
+polls, sets ``counters[6]`` for good, and the launch ends with a wrong z: it cannot hang.
 
 The same function runs one stage per launch (``BARRIER`` false): the order of launches then takes the barrier's place.
 """
@@ -31,6 +36,8 @@ from vllm_gumiho.kernels.parallel_heads.reference import HEAD_STAGES, HeadWeight
 from vllm_gumiho.kernels.parallel_heads.tiling import Tiling
 
 _STAGES: tl.constexpr = tl.constexpr(HEAD_STAGES)
+# A poll is a round trip to the L2, half a microsecond or more; a stage takes some tens of microseconds.
+MAX_POLLS = 1 << 20
 # Triton's interpreter multiplies the bit patterns of bfloat16 operands (create_dot, triton 3.9): widen them there.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -43,10 +50,15 @@ def _arrive(counter_ptr):
 
 
 @triton.jit
-def _wait(counter_ptr, programs):
-    """Return when all programs have arrived; their stores are visible to every thread then."""
-    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < programs:
-        pass
+def _wait(counters_ptr, stage, programs, MAX_POLLS: tl.constexpr):
+    """Return when all programs have arrived, whose stores are visible to every thread then, or after MAX_POLLS."""
+    arrived = tl.atomic_add(counters_ptr + stage, 0, sem="acquire", scope="gpu")
+    polls = 1
+    while (arrived < programs) & (polls < MAX_POLLS):
+        arrived = tl.atomic_add(counters_ptr + stage, 0, sem="acquire", scope="gpu")
+        polls += 1
+    if arrived < programs:
+        tl.atomic_xchg(counters_ptr + _STAGES, 1, sem="relaxed", scope="gpu")
     tl.debug_barrier()
 
 
@@ -67,34 +79,48 @@ def _decode_e4m3(bits):
 
 
 @triton.jit
-def _weight_tile(w_ptr, HEAD_STRIDE: tl.constexpr, tile, k_block, HEADS: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
-                 BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """Rows of one tile, columns of one K block: ``[BLOCK_H, BLOCK_K]``; zeros beyond the matrix and the last tile."""
+def _weight_tile(w_ptr, HEAD_STRIDE: tl.constexpr, tile, k_block, HEADS: tl.constexpr, H: tl.constexpr,
+                 PARTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Rows of one tile, columns of one K block: ``[BLOCK_H, BLOCK_K]``; zeros beyond the matrix and the last tile.
+
+    K is PARTS times H columns, and no K block reaches over the end of a part.
+    """
     H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    PART_BLOCKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     head = tile // H_TILES
     rows = (tile % H_TILES) * BLOCK_H + tl.arange(0, BLOCK_H)
-    columns = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns = (k_block % PART_BLOCKS) * BLOCK_K + tl.arange(0, BLOCK_K)
     # 64-bit: eight heads of H = 8192 are more than 2^31 elements.
-    base = w_ptr + head.to(tl.int64) * HEAD_STRIDE
-    mask = (rows < tl.where(head < HEADS, H, 0))[:, None] & (columns < K)[None, :]
-    return tl.load(base + rows[:, None] * K + columns[None, :], mask, other=0.0, eviction_policy="evict_first")
+    base = w_ptr + head.to(tl.int64) * HEAD_STRIDE + k_block // PART_BLOCKS * H
+    mask = (rows < tl.where(head < HEADS, H, 0))[:, None] & (columns < H)[None, :]
+    return tl.load(base + rows[:, None] * (PARTS * H) + columns[None, :], mask, other=0.0,
+                   eviction_policy="evict_first")  # fmt: skip
 
 
 @triton.jit
-def _step(acc, w, step, x_ptr, x_head_stride, b_ptr, s_ptr, B_HEAD_STRIDE: tl.constexpr, out_ptr, B, program, programs,
-          SCALED: tl.constexpr, RESIDUAL: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
-          BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def _step(acc, w, step, x_ptr, x_stride, last_ptr, last_stride, b_ptr, s_ptr, B_HEAD_STRIDE: tl.constexpr, out_ptr, B,
+          program, programs, SCALED: tl.constexpr, RESIDUAL: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr,
+          PARTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """Add one K block to ``acc [BLOCK_H, BLOCK_B]`` float32; after a tile's last, store its outputs and start anew."""
     H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    PART_BLOCKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    K_BLOCKS: tl.constexpr = PARTS * PART_BLOCKS
     tile = program + (step // K_BLOCKS) * programs
     head = tile // H_TILES
-    columns = (step % K_BLOCKS) * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns = (step % PART_BLOCKS) * BLOCK_K + tl.arange(0, BLOCK_K)
     requests = tl.arange(0, BLOCK_B)
+    if RESIDUAL:  # every head its own input
+        part_ptr, stride = x_ptr + head * H, x_stride
+    elif PARTS == 1:
+        part_ptr, stride = last_ptr, last_stride
+    else:
+        part = (step % K_BLOCKS) // PART_BLOCKS
+        part_ptr = tl.where(part < PARTS - 1, x_ptr + part * H, last_ptr)
+        stride = tl.where(part < PARTS - 1, x_stride, last_stride)
     # .cg: other programs wrote these in the stage before; only the L2 is common to all.
     x = tl.load(
-        x_ptr + head * x_head_stride + requests[None, :] * K + columns[:, None],
-        (requests < B)[None, :] & (columns < K)[:, None],
+        part_ptr + requests[None, :] * stride + columns[:, None],
+        (requests < B)[None, :] & (columns < H)[:, None],
         other=0.0,
         cache_modifier=".cg",
     )
@@ -110,7 +136,7 @@ def _step(acc, w, step, x_ptr, x_head_stride, b_ptr, s_ptr, B_HEAD_STRIDE: tl.co
             acc *= tl.load(s_ptr + head * B_HEAD_STRIDE + rows, in_head, other=0.0)[:, None]
         acc += tl.load(b_ptr + head * B_HEAD_STRIDE + rows, in_head, other=0.0).to(tl.float32)[:, None]
         z = acc * tl.sigmoid(acc)
-        where = head * (B * H) + requests[None, :] * H + rows[:, None]
+        where = requests[None, :] * (HEADS * H) + head * H + rows[:, None]
         mask = in_head[:, None] & (requests < B)[None, :]
         if RESIDUAL:
             z += tl.load(x_ptr + where, mask, other=0.0, cache_modifier=".cg").to(tl.float32)
@@ -120,53 +146,56 @@ def _step(acc, w, step, x_ptr, x_head_stride, b_ptr, s_ptr, B_HEAD_STRIDE: tl.co
 
 
 @triton.jit
-def _stage(first_w, x_ptr, x_head_stride, w_ptr, W_HEAD_STRIDE: tl.constexpr, b_ptr, s_ptr, B_HEAD_STRIDE: tl.constexpr,
-           out_ptr, B, program, programs, SCALED: tl.constexpr, RESIDUAL: tl.constexpr, HEADS: tl.constexpr,
-           H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-           NUM_STAGES: tl.constexpr):  # fmt: skip
+def _stage(first_w, x_ptr, x_stride, last_ptr, last_stride, w_ptr, W_HEAD_STRIDE: tl.constexpr, b_ptr, s_ptr,
+           B_HEAD_STRIDE: tl.constexpr, out_ptr, B, program, programs, SCALED: tl.constexpr, RESIDUAL: tl.constexpr,
+           HEADS: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
+           BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr):  # fmt: skip
     """This program's tiles of one stage.  first_w: the weight tile of its first step, loaded before the barrier."""
     TILES: tl.constexpr = HEADS * ((H + BLOCK_H - 1) // BLOCK_H)
-    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    K_BLOCKS: tl.constexpr = PARTS * ((H + BLOCK_K - 1) // BLOCK_K)
     if program < TILES:
         steps = (TILES - program + programs - 1) // programs * K_BLOCKS
         acc = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
-        acc = _step(acc, first_w, 0, x_ptr, x_head_stride, b_ptr, s_ptr, B_HEAD_STRIDE, out_ptr, B, program, programs,
-                    SCALED, RESIDUAL, H, K, BLOCK_H, BLOCK_B, BLOCK_K)  # fmt: skip
+        acc = _step(acc, first_w, 0, x_ptr, x_stride, last_ptr, last_stride, b_ptr, s_ptr, B_HEAD_STRIDE, out_ptr, B,
+                    program, programs, SCALED, RESIDUAL, HEADS, H, PARTS, BLOCK_H, BLOCK_B, BLOCK_K)  # fmt: skip
         for step in tl.range(1, steps, num_stages=NUM_STAGES):
             w = _weight_tile(w_ptr, W_HEAD_STRIDE, program + (step // K_BLOCKS) * programs, step % K_BLOCKS,
-                             HEADS, H, K, BLOCK_H, BLOCK_K)  # fmt: skip
-            acc = _step(acc, w, step, x_ptr, x_head_stride, b_ptr, s_ptr, B_HEAD_STRIDE, out_ptr, B, program, programs,
-                        SCALED, RESIDUAL, H, K, BLOCK_H, BLOCK_B, BLOCK_K)  # fmt: skip
+                             HEADS, H, PARTS, BLOCK_H, BLOCK_K)  # fmt: skip
+            acc = _step(acc, w, step, x_ptr, x_stride, last_ptr, last_stride, b_ptr, s_ptr, B_HEAD_STRIDE, out_ptr, B,
+                        program, programs, SCALED, RESIDUAL, HEADS, H, PARTS, BLOCK_H, BLOCK_B, BLOCK_K)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["B", "begin", "end"])
-def parallel_heads_kernel(m_ptr, first_w_ptr, first_b_ptr, w_ptr, b_ptr, first_s_ptr, s_ptr, z_ptr, counters_ptr,
-                          B, begin, end, FIRST: tl.constexpr, BARRIER: tl.constexpr, SCALED: tl.constexpr,
-                          HEADS: tl.constexpr, H: tl.constexpr, FIRST_K: tl.constexpr, BLOCK_H: tl.constexpr,
-                          BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr):  # fmt: skip
+def parallel_heads_kernel(rest_ptr, last_ptr, first_w_ptr, first_b_ptr, w_ptr, b_ptr, first_s_ptr, s_ptr, z_ptr,
+                          counters_ptr, rest_stride, last_stride, B, begin, end, FIRST: tl.constexpr,
+                          BARRIER: tl.constexpr, SCALED: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr,
+                          PARTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+                          NUM_STAGES: tl.constexpr, MAX_POLLS: tl.constexpr):  # fmt: skip
     """Stage 0 where FIRST, then the stages begin..end-1, with a barrier before each but the first one run.
 
-    m [B, FIRST_K]; weights, biases and scales as in `HeadWeights` and `HeadScales`; z [2, HEADS, B, H]: stage j writes
-    z[j % 2] and reads the other half; counters [6] int32, zero.
+    rest [B, (PARTS-1)*H] and last [B, H] with the row strides given; weights, biases and scales as in `HeadWeights` and
+    `HeadScales`; z [2, B, HEADS, H]: stage j writes z[j % 2] and reads the other half; counters [7] int32, zero.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     half = B * (HEADS * H)
     if FIRST:
-        w = _weight_tile(first_w_ptr, H * FIRST_K, program, 0, HEADS, H, FIRST_K, BLOCK_H, BLOCK_K)
-        _stage(w, m_ptr, 0, first_w_ptr, H * FIRST_K, first_b_ptr, first_s_ptr, H, z_ptr, B, program, programs,
-               SCALED, False, HEADS, H, FIRST_K, BLOCK_H, BLOCK_B, BLOCK_K, NUM_STAGES)  # fmt: skip
+        w = _weight_tile(first_w_ptr, PARTS * H * H, program, 0, HEADS, H, PARTS, BLOCK_H, BLOCK_K)
+        _stage(w, rest_ptr, rest_stride, last_ptr, last_stride, first_w_ptr, PARTS * H * H, first_b_ptr, first_s_ptr, H,
+               z_ptr, B, program, programs, SCALED, False, HEADS, H, PARTS, BLOCK_H, BLOCK_B, BLOCK_K,
+               NUM_STAGES)  # fmt: skip
         if BARRIER:
             _arrive(counters_ptr)
     for stage in range(begin, end):
         stage_w_ptr = w_ptr + (stage - 1) * (H * H)
         # Weights depend on no other program: the first tile comes in while the slower programs finish.
-        w = _weight_tile(stage_w_ptr, (_STAGES - 1) * H * H, program, 0, HEADS, H, H, BLOCK_H, BLOCK_K)
+        w = _weight_tile(stage_w_ptr, (_STAGES - 1) * H * H, program, 0, HEADS, H, 1, BLOCK_H, BLOCK_K)
         if BARRIER:
-            _wait(counters_ptr + stage - 1, programs)
-        _stage(w, z_ptr + (stage - 1) % 2 * half, B * H, stage_w_ptr, (_STAGES - 1) * H * H, b_ptr + (stage - 1) * H,
+            _wait(counters_ptr, stage - 1, programs, MAX_POLLS)
+        x_ptr = z_ptr + (stage - 1) % 2 * half
+        _stage(w, x_ptr, HEADS * H, x_ptr, HEADS * H, stage_w_ptr, (_STAGES - 1) * H * H, b_ptr + (stage - 1) * H,
                s_ptr + (stage - 1) * H, (_STAGES - 1) * H, z_ptr + stage % 2 * half, B, program, programs,
-               SCALED, True, HEADS, H, H, BLOCK_H, BLOCK_B, BLOCK_K, NUM_STAGES)  # fmt: skip
+               SCALED, True, HEADS, H, 1, BLOCK_H, BLOCK_B, BLOCK_K, NUM_STAGES)  # fmt: skip
         if BARRIER and stage < end - 1:
             _arrive(counters_ptr + stage)
     if BARRIER:
@@ -190,32 +219,41 @@ def launch_sequence(fused: bool) -> list[LaunchArgs]:
 
 
 def parallel_heads_triton(
-    m: Tensor, weights: HeadWeights, scales: HeadScales | None, tiling: Tiling, counters: Tensor | None
+    rest: Tensor,
+    last: Tensor,
+    weights: HeadWeights,
+    scales: HeadScales | None,
+    tiling: Tiling,
+    counters: Tensor | None,
 ) -> Tensor:
-    """``m [B, S*H]`` -> ``z [n, B, H]`` in m's dtype; B <= ``tiling.block_b``.
+    """m as ``rest [B, (S-1)*H]`` and ``last [B, H]`` -> ``z [n, B, H]`` in their dtype; B <= ``tiling.block_b``.
 
-    counters: six int32 zeros on m's device for the single launch with barriers, which must not run twice at once with
-    the same ones; None: one launch per stage.
+    z is a view of ``[B, n, H]`` in memory.  counters: seven int32 zeros on the same device for the single launch with
+    barriers, which must not run twice at once with the same ones; None: one launch per stage.
     """
     heads, hidden, first_k = weights.first_weight.shape
-    batch = m.shape[0]
-    tensors = [*weights, *(scales or ())]
-    if batch > tiling.block_b or m.shape[1] != first_k or hidden % 16:
-        raise ValueError(f"{tuple(m.shape)} does not fit {heads} heads of H={hidden} and a batch tile {tiling.block_b}")
-    if not (m.is_contiguous() and all(t.is_contiguous() for t in tensors)):
-        raise ValueError("the parallel heads kernel takes contiguous tensors")
-    if counters is not None and m.device.type == "cpu" and tiling.programs > 1:
+    batch = last.shape[0]
+    shapes = tuple(rest.shape), tuple(last.shape)
+    if batch > tiling.block_b or shapes != ((batch, first_k - hidden), (batch, hidden)) or hidden % 16:
+        raise ValueError(f"{shapes} do not fit {heads} heads of H={hidden} and a batch tile {tiling.block_b}")
+    if not all(t.is_contiguous() for t in [*weights, *(scales or ())]):
+        raise ValueError("the parallel heads kernel takes contiguous weights")
+    if last.stride(1) != 1 or (rest.shape[1] and rest.stride(1) != 1):
+        raise ValueError("the parallel heads kernel takes inputs whose columns lie side by side")
+    if counters is not None and last.device.type == "cpu" and tiling.programs > 1:
         raise ValueError("the interpreter runs programs one after the other: with barriers it can run only one")
-    first_w, w = weights.first_weight, weights.weight
     if scales is not None and not tiling.native_fp8:
-        first_w, w = first_w.view(torch.uint8), w.view(torch.uint8)
-    z = m.new_empty(2, heads, batch, hidden)
+        weights = weights._replace(
+            first_weight=weights.first_weight.view(torch.uint8), weight=weights.weight.view(torch.uint8)
+        )
+    z = last.new_empty(2, batch, heads, hidden)
     first_s, s = scales or (z, z)  # never read where SCALED is false
     for launch in launch_sequence(counters is not None):
         parallel_heads_kernel[(tiling.programs,)](
-            m, first_w, weights.first_bias, w, weights.bias, first_s, s, z, z if counters is None else counters,
-            batch, launch.begin, launch.end, launch.first, launch.barrier, scales is not None, heads, hidden, first_k,
-            tiling.block_h, tiling.block_b, tiling.block_k, tiling.num_stages,
+            rest, last, weights.first_weight, weights.first_bias, weights.weight, weights.bias, first_s, s, z,
+            z if counters is None else counters, rest.stride(0), last.stride(0), batch, launch.begin, launch.end,
+            launch.first, launch.barrier, scales is not None, heads, hidden, first_k // hidden,
+            tiling.block_h, tiling.block_b, tiling.block_k, tiling.num_stages, MAX_POLLS,
             num_warps=tiling.num_warps, launch_cooperative_grid=launch.barrier,
         )  # fmt: skip
-    return z[(HEAD_STAGES - 1) % 2]
+    return z[(HEAD_STAGES - 1) % 2].transpose(0, 1)
