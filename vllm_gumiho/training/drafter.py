@@ -20,7 +20,7 @@ HEAD_STAGES = 6
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """Sizes of a drafter; all but the last three are the target's own; `vocab_size` is only passed on."""
+    """Sizes of a drafter; all but the last four are the target's own; `vocab_size` is only passed on."""
 
     hidden_size: int
     intermediate_size: int
@@ -33,6 +33,7 @@ class DrafterConfig:
     num_layers: int = 2
     num_serial_steps: int = 2
     num_heads: int = 5
+    fc_bias: bool = True
 
     @property
     def max_draft_tokens(self) -> int:
@@ -121,7 +122,7 @@ class GumihoDrafter(nn.Module):
     def __init__(self, config: DrafterConfig):
         super().__init__()
         self.config = c = config
-        self.fc = nn.Linear(2 * c.hidden_size, c.hidden_size)
+        self.fc = nn.Linear(2 * c.hidden_size, c.hidden_size, bias=c.fc_bias)
         self.layers = nn.ModuleList(Layer(c, has_input_norm=i > 0) for i in range(c.num_layers))
         self.mlp = nn.ModuleList(
             nn.ModuleList(
@@ -140,7 +141,8 @@ class GumihoDrafter(nn.Module):
         c = self.config
         nn.init.normal_(self.fc.weight[:, : c.hidden_size], std=0.2 * feature_scale / embed_scale / c.hidden_size**0.5)
         self.fc.weight[:, c.hidden_size :].copy_(torch.eye(c.hidden_size))
-        nn.init.zeros_(self.fc.bias)
+        if c.fc_bias:
+            nn.init.zeros_(self.fc.bias)
         for layer in self.layers:
             for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
                 nn.init.normal_(proj.weight, std=c.hidden_size**-0.5)
@@ -151,6 +153,19 @@ class GumihoDrafter(nn.Module):
         first = self.layers[0].self_attn
         for proj in (first.q_proj, first.k_proj):
             proj.weight.div_(feature_scale)
+
+    @torch.no_grad()
+    def init_from_target(self, layers: nn.ModuleList) -> None:
+        """Start from the target's own last decoder layers and ``fc = [0 | I]``.
+
+        The target's layers work on a residual stream far larger than the features they get here; kept for comparison.
+        """
+        c = self.config
+        self.fc.weight.zero_()
+        self.fc.weight[:, c.hidden_size :].copy_(torch.eye(c.hidden_size))
+        for mine, theirs in zip(self.layers, layers[-c.num_layers :], strict=True):
+            state = theirs.state_dict()
+            mine.load_state_dict({name: state[name] for name in mine.state_dict()})
 
     def fuse(self, embeds: Tensor, features: Tensor) -> Tensor:
         """``o = fc(cat[E[x], h])``, embedding first.  ``[..., H]``, ``[..., H]`` -> ``[..., H]``."""

@@ -6,15 +6,17 @@ x[t+1+i], whose target distribution is softmax(lm_head(h[t+i])).
 ``unrolled``: each serial step after the first reads the drafter's own feature of the step before, and attends to
 the first pass's keys up to the anchor and to its own earlier draft positions: what drafting sees.
 ``paper``: every serial step is the first pass at its own position, on true target features (teacher forcing).
+``eagle``: EAGLE-1's (arXiv 2401.15077) own training, the first pass alone; drafting is serial all the way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vllm_gumiho.training.drafter import GumihoDrafter
 
@@ -27,6 +29,7 @@ class Objective:
     probability the drafter gives to the true token at position j: a draft token only counts when all before it
     were accepted (the derivative of the expected accepted length E = sum_i prod_{j<=i} p_j).  1 switches it off.
     train_serial, train_heads: a part that is not trained is not differentiated, or for the heads not even run.
+    vocabulary: token ids that may be drafted; None is all of them.
     """
 
     recipe: str = "unrolled"
@@ -38,6 +41,11 @@ class Objective:
     train_heads: bool = True
     candidates: int = 0
     frequent: int = 0
+    vocabulary: Tensor | None = None
+
+    @staticmethod
+    def eagle() -> Objective:
+        return Objective(recipe="eagle", feature_weight=1.0, ce_weight=0.1)
 
     @staticmethod
     def paper(num_heads: int) -> Objective:
@@ -66,6 +74,7 @@ class Candidates:
     The batch's own labels, the most frequent answer tokens, and uniformly drawn others.  The drawn ones stand for
     all that were left out: ``log_weight`` is the log of how many each stands for, so that the normaliser is an
     unbiased estimate of the full one.  No ``[positions, heads, vocab]`` tensor of the whole vocabulary exists.
+    Under a draft vocabulary everything is drawn from it, and a label outside it has no column.
     """
 
     ids: Tensor | None
@@ -73,11 +82,18 @@ class Candidates:
     num_sure: int = 0
 
     @staticmethod
-    def draw(labels: Tensor, frequent: Tensor, vocab_size: int, drawn: int) -> Candidates:
-        if drawn <= 0 or drawn + frequent.numel() >= vocab_size:
-            return Candidates(None, None)
+    def draw(
+        labels: Tensor, frequent: Tensor, vocab_size: int, drawn: int, vocabulary: Tensor | None = None
+    ) -> Candidates:
+        """labels, frequent: token ids; vocabulary: ids that may be drafted, ascending (None: all of them)."""
+        size = vocab_size if vocabulary is None else vocabulary.numel()
+        if drawn <= 0 or drawn + frequent.numel() >= size:
+            return Candidates(vocabulary, None, 0 if vocabulary is None else size)
         sure = torch.unique(torch.cat((labels.flatten(), frequent)))
         rest = torch.ones(vocab_size, dtype=torch.bool, device=labels.device)
+        if vocabulary is not None:
+            sure = sure[torch.isin(sure, vocabulary)]
+            rest = torch.zeros_like(rest).index_fill(0, vocabulary, True)
         rest[sure] = False
         others = rest.nonzero().flatten()
         picked = others[torch.randperm(others.numel(), device=labels.device)[:drawn]]
@@ -86,9 +102,16 @@ class Candidates:
             log_weight[sure.numel() :] = torch.log(torch.tensor(others.numel() / picked.numel()))
         return Candidates(torch.cat((sure, picked)), log_weight, sure.numel())
 
-    def column(self, tokens: Tensor) -> Tensor:
-        """Columns of tokens that are in the subset for sure (labels are)."""
-        return tokens if self.ids is None else torch.searchsorted(self.ids[: self.num_sure], tokens)
+    def column(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of label tokens, and whether each has one (bool)."""
+        if self.ids is None:
+            return tokens, torch.ones_like(tokens, dtype=torch.bool)
+        sure = self.ids[: self.num_sure]
+        columns = torch.searchsorted(sure, tokens).clamp_max(self.num_sure - 1)
+        return columns, sure[columns] == tokens
+
+    def tokens(self, columns: Tensor) -> Tensor:
+        return columns if self.ids is None else self.ids[columns]
 
     def weight(self, lm_head: Tensor) -> Tensor:
         return lm_head if self.ids is None else lm_head[self.ids]
@@ -134,40 +157,48 @@ def draft(
     anchors: Tensor,
     recipe: str = "unrolled",
     with_heads: bool = True,
+    own_token: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Drafts:
     """All draft positions' features for every anchor of packed rows.
 
     embed ``[V, H]``; ids, positions, segments ``[R, T]``; features ``[R, T, H]``; anchors bool ``[R, T]``.
-    Position t is fed ``(E[x[t+1]], h[t])``.  Later serial steps and heads are fed the true next tokens: where a
-    draft token is wrong, verification ends the chain there, so only the true ones are ever continued from.
+    Position t is fed ``(E[x[t+1]], h[t])``.  Later serial steps and heads are fed the true next tokens (where a
+    draft token is wrong, verification ends the chain there), or what ``own_token(draft features, true tokens)`` says.
     """
     steps = drafter.config.num_serial_steps
     past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in drafter.layers]
     o = drafter.fuse(F.embedding(shift(ids, 1), embed), features)
     hidden = drafter.serial(o, positions, serial_mask(segments, 0), past)
     serial, fused = [hidden], []
+    if recipe == "eagle":
+        return Drafts(serial, hidden.new_empty(0), anchors)
+
+    def next_input(step: int) -> Tensor:
+        tokens = shift(ids, step + 1)
+        tokens = tokens if own_token is None else own_token(serial[-1], tokens)
+        return drafter.fuse(F.embedding(tokens, embed), serial[-1])
+
     for step in range(1, steps):
         if recipe == "paper":
             fused.append(shift(o, step))
             serial.append(shift(hidden, step))
             continue
-        fused.append(drafter.fuse(F.embedding(shift(ids, step + 1), embed), serial[-1]))
+        fused.append(next_input(step))
         serial.append(drafter.serial(fused[-1], positions + step, serial_mask(segments, step), past))
-    if not with_heads:
+    if not with_heads or not drafter.config.num_heads:
         return Drafts(serial, hidden.new_empty(0), anchors)
-    if recipe == "paper":
-        fused.append(shift(o, steps))
-    else:
-        fused.append(drafter.fuse(F.embedding(shift(ids, steps + 1), embed), serial[-1]))
+    fused.append(shift(o, steps) if recipe == "paper" else next_input(steps))
     m = torch.cat([f[anchors] for f in fused], dim=-1)
     return Drafts(serial, drafter.heads(m), anchors)
 
 
 def valid_anchors(segments: Tensor, answer: Tensor, position: int) -> Tensor:
-    """Anchors t whose label x[t+1+position] is an answer token of the same sequence, after at least one."""
+    """Anchors t that draft ``x[t+1+position]`` from answer tokens ``x[t+1:t+1+position]``, all of one answer."""
     by = position + 1
-    same = (shift(segments, by) == segments) & (segments > 0)
-    return same & shift(answer, by) & shift(answer, 1)
+    valid = (shift(segments, by) == segments) & (segments > 0)
+    for ahead in range(1, by + 1):
+        valid &= shift(answer, ahead)
+    return valid
 
 
 def losses(
@@ -178,15 +209,26 @@ def losses(
     batch: dict[str, Tensor],
     features: Tensor,
     frequent: Tensor,
+    own_tokens: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Training loss of one batch, and its parts for logging."""
+    """Training loss of one batch, and its parts for logging.
+
+    own_tokens: share of anchors that go on from the drafter's own greedy token (of the candidates), not the true one.
+    """
     ids, segments, answer = batch["input_ids"], batch["segments"], batch["answer"]
     first = valid_anchors(segments, answer, 1)
-    drafts = draft(
-        drafter, embed, ids, features, batch["positions"], segments, first, objective.recipe, objective.train_heads
-    )
-    subset = Candidates.draw(ids[answer], frequent, lm_head.shape[0], objective.candidates)
+    subset = Candidates.draw(ids[answer], frequent, lm_head.shape[0], objective.candidates, objective.vocabulary)
     weight = subset.weight(lm_head)
+
+    @torch.no_grad()
+    def own_token(draft_features: Tensor, true: Tensor) -> Tensor:
+        mine = first & (torch.rand(first.shape, device=first.device) < own_tokens)
+        return true.masked_scatter(mine, subset.tokens(subset.logits(draft_features[mine], weight).argmax(-1)))
+
+    drafts = draft(
+        drafter, embed, ids, features, batch["positions"], segments, first, objective.recipe, objective.train_heads,
+        own_token if own_tokens > 0 else None,
+    )  # fmt: skip
     with torch.no_grad():
         # The label distribution of sequence position j serves every draft position that predicts x[j+1].
         wanted = shift(answer, 1)
@@ -198,11 +240,9 @@ def losses(
     total = torch.zeros((), device=ids.device)
     parts = {}
     chain = torch.ones(int(first.sum()), device=ids.device)
-    for i in range(1, drafter.config.max_draft_tokens + 1):
+    for i in range(1, len(drafts.serial) + len(drafts.heads) + 1):
         valid = valid_anchors(segments, answer, i)
-        head = i - 1 - drafter.config.num_serial_steps
-        if head >= 0 and not objective.train_heads:
-            break
+        head = i - 1 - len(drafts.serial)
         kept = valid[first]
         if head < 0:
             x, scale = drafts.serial[i - 1][valid], 1.0
@@ -218,14 +258,20 @@ def losses(
         if head >= 0 or objective.train_serial:
             total = total + scale * (objective.ce_weight * ce + objective.feature_weight * feature)
         parts[f"ce_{i}"], parts[f"feature_{i}"] = ce.detach(), feature.detach()
-        truth = subset.column(shift(ids, i + 1)[valid])
-        chain = chain.masked_scatter(kept, chain[kept] * log_probs.detach().gather(1, truth[:, None])[:, 0].exp())
+        truth, known = subset.column(shift(ids, i + 1)[valid])
+        agreed = log_probs.detach().gather(1, truth[:, None])[:, 0].exp() * known
+        chain = chain.masked_scatter(kept, chain[kept] * agreed)
     return total, parts
 
 
 @torch.no_grad()
 def hits(
-    drafter: GumihoDrafter, embed: Tensor, lm_head: Tensor, batch: dict[str, Tensor], features: Tensor
+    drafter: GumihoDrafter,
+    embed: Tensor,
+    lm_head: Tensor,
+    batch: dict[str, Tensor],
+    features: Tensor,
+    vocabulary: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Greedy agreement with the data, per draft position, in the unrolled form whatever the recipe.
 
@@ -236,6 +282,8 @@ def hits(
     drafts = draft(drafter, embed, ids, features, batch["positions"], segments, first)
     count = drafter.config.max_draft_tokens
     seen, right, accepted = (torch.zeros(count, dtype=torch.int64) for _ in range(3))
+    subset = Candidates(vocabulary, None)
+    weight = subset.weight(lm_head)
     alive = torch.ones(int(first.sum()), dtype=torch.bool, device=ids.device)
     for i in range(1, count + 1):
         valid = valid_anchors(segments, answer, i)[first]
@@ -244,65 +292,7 @@ def hits(
             if i <= drafter.config.num_serial_steps
             else (drafts.heads[i - 1 - drafter.config.num_serial_steps])
         )
-        hit = (F.linear(x, lm_head).argmax(-1) == shift(ids, i + 1)[first]) & valid
+        hit = (subset.tokens(F.linear(x, weight).argmax(-1)) == shift(ids, i + 1)[first]) & valid
         alive &= hit
         seen[i - 1], right[i - 1], accepted[i - 1] = valid.sum(), hit.sum(), alive.sum()
     return seen, right, accepted
-
-
-class TrainingModel(nn.Module):
-    """Drafter plus frozen target tensors, in the shape Hugging Face Trainer wants: ``forward(**batch) -> {"loss"}``."""
-
-    def __init__(self, drafter: GumihoDrafter, objective: Objective, target: FrozenTarget, frequent: Tensor):
-        super().__init__()
-        self.drafter = drafter
-        self.objective = objective
-        self._target = [target]  # in a list: neither a submodule nor in the state dict
-        self.frequent = frequent
-
-    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        target = self._target[0]
-        with torch.no_grad():
-            features = target.features(batch)
-        if not self.training:
-            seen, right, accepted = hits(self.drafter, target.embed, target.lm_head, batch, features)
-            counts = torch.stack((seen, right, accepted))[None]
-            return {"loss": torch.zeros((), device=features.device), "logits": counts}
-        loss, parts = losses(self.drafter, self.objective, target.embed, target.lm_head, batch, features, self.frequent)
-        return {"loss": loss, **parts}
-
-
-class FrozenTarget:
-    """The target's embedding, LM head and features; features of a row are kept when ``cache`` is set.
-
-    Features are the hidden states after the final norm (what a vLLM model's ``forward`` returns), bfloat16 in the
-    cache.
-    """
-
-    def __init__(self, model: nn.Module, cache: bool = False):
-        self.model = model.eval().requires_grad_(False)
-        self.embed = model.get_input_embeddings().weight.detach()
-        self.lm_head = model.get_output_embeddings().weight.detach()
-        self.cache: dict[int, Tensor] | None = {} if cache else None
-
-    @torch.no_grad()
-    def features(self, batch: dict[str, Tensor]) -> Tensor:
-        keys = [] if self.cache is None else batch["index"].tolist()
-        if self.cache is not None and all(key in self.cache for key in keys):
-            return torch.stack([self.cache[key] for key in keys]).to(self.embed.device).float()
-        segments = batch["segments"]
-        mask = torch.zeros(1, device=segments.device, dtype=self.embed.dtype).where(
-            serial_mask(segments, 0), torch.finfo(self.embed.dtype).min
-        )
-        out = self.model.base_model(
-            input_ids=batch["input_ids"], position_ids=batch["positions"], attention_mask=mask, use_cache=False
-        ).last_hidden_state
-        if self.cache is not None:
-            for key, row in zip(keys, out, strict=True):
-                self.cache[key] = row.to("cpu", torch.bfloat16)
-        return out
-
-    @torch.no_grad()
-    def probe_scale(self, batch: dict[str, Tensor]) -> Tensor:
-        """Root mean square of the features of one batch's tokens."""
-        return self.features(batch)[batch["segments"] > 0].float().square().mean().sqrt()

@@ -3,102 +3,41 @@
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
-from vllm_gumiho.checkpoint import open_checkpoint, save_speculators
+from vllm_gumiho.checkpoint import D2T, open_checkpoint, save_eagle, save_speculators
 from vllm_gumiho.training.data import PackedRows, Sample, read_samples, split_held_out
-from vllm_gumiho.training.drafter import DrafterConfig, GumihoDrafter
-from vllm_gumiho.training.objective import FrozenTarget, Objective, TrainingModel
+from vllm_gumiho.training.decontaminate import refuse_evaluation_prompts
+from vllm_gumiho.training.drafter import GumihoDrafter
+from vllm_gumiho.training.errors import RecipeError
+from vllm_gumiho.training.model import FrozenTarget, TrainingModel
 from vllm_gumiho.training.optimizer import MuonWithAdamW
-
-PHASES = ("all", "serial", "heads")
-OPTIMIZERS = ("adamw", "muon")
-
-
-@dataclass
-class Recipe:
-    """Everything that decides a training run.  Optimiser defaults: AdamW (0.9, 0.95), clip 0.5 (paper, Table 5).
-
-    phase: ``all`` trains everything together; ``serial`` the Transformer alone, at less than half the cost of a
-    step; ``heads`` the heads on a frozen Transformer.  init_from: a checkpoint to start from.  optimizer: ``adamw``
-    or ``muon``.
-    """
-
-    target: str
-    data: list[str]
-    output: str
-    recipe: str = "paper"
-    num_serial_steps: int = 2
-    num_heads: int = 5
-    num_layers: int = 2
-    steps: int = 1000
-    rows: int = 2
-    row_length: int = 1024
-    optimizer: str = "adamw"
-    learning_rate: float = 5e-4
-    warmup_ratio: float = 0.03
-    held_out: float = 0.02
-    eval_rows: int = 16
-    save_every: int = 200
-    candidates: int = 4096
-    frequent: int = 2048
-    feature_weight: float | None = None
-    phase: str = "all"
-    init_from: str | None = None
-    cache_features: bool = False
-    bf16: bool = True
-    seed: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    def objective(self) -> Objective:
-        if self.recipe == "paper":
-            objective = Objective.paper(self.num_heads)
-        elif self.recipe == "unrolled":
-            objective = Objective.unrolled(self.num_heads, self.candidates, self.frequent)
-        else:
-            raise ValueError(f"recipe {self.recipe!r} is not known; choose 'paper' or 'unrolled'")
-        for name, known in (("phase", PHASES), ("optimizer", OPTIMIZERS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not known; choose one of {', '.join(known)}")
-        if self.feature_weight is not None:
-            objective = replace(objective, feature_weight=self.feature_weight)
-        return replace(objective, train_serial=self.phase != "heads", train_heads=self.phase != "serial")
-
-
-def drafter_config(target_config: Any, recipe: Recipe) -> DrafterConfig:
-    """Draft layers of the target's own shape.  target_config: the target's Hugging Face text config."""
-    rope = getattr(target_config, "rope_parameters", None) or {}
-    return DrafterConfig(
-        hidden_size=target_config.hidden_size,
-        intermediate_size=target_config.intermediate_size,
-        num_attention_heads=target_config.num_attention_heads,
-        num_key_value_heads=target_config.num_key_value_heads,
-        head_dim=getattr(target_config, "head_dim", None)
-        or target_config.hidden_size // target_config.num_attention_heads,
-        rope_theta=float(rope.get("rope_theta", getattr(target_config, "rope_theta", 10000.0))),
-        rms_norm_eps=target_config.rms_norm_eps,
-        vocab_size=target_config.vocab_size,
-        num_layers=recipe.num_layers,
-        num_serial_steps=recipe.num_serial_steps,
-        num_heads=recipe.num_heads,
-    )
+from vllm_gumiho.training.recipe import Recipe
+from vllm_gumiho.training.speed import SpeedMeter, training_flops
 
 
 class DrafterTrainer(Trainer):
-    """Trainer that also logs the parts of the loss and answer tokens per second."""
+    """Trainer that also logs the parts of the loss and the speed of training."""
 
     def __init__(self, *args: Any, use_muon: bool = False, **kwargs: Any):
         self._use_muon = use_muon
         super().__init__(*args, **kwargs)
         self._parts: dict[str, list[Tensor]] = {}
-        self._tokens, self._since = 0, time.monotonic()
+        self._meter: SpeedMeter | None = None
+        self._flops = 0
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self._use_muon and getattr(self, "optimizer", None) is None:
@@ -106,10 +45,17 @@ class DrafterTrainer(Trainer):
             return self.optimizer
         return super().create_optimizer(*args, **kwargs)
 
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if self._meter is None:
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+            self._meter = SpeedMeter(self.args.device, dtype)
+            self._flops = training_flops(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs))
+        self._meter.add(int(inputs["answer"].sum()), self._flops)
+        return super().training_step(model, inputs, *args, **kwargs)
+
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         outputs = model(**inputs)
         if model.training:
-            self._tokens += int(inputs["answer"].sum())
             for name, value in outputs.items():
                 if name != "loss":
                     self._parts.setdefault(name, []).append(value)
@@ -118,8 +64,9 @@ class DrafterTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._parts and "loss" in logs:
             logs.update({name: torch.stack(values).mean().item() for name, values in self._parts.items()})
-            logs["answer_tokens_per_s"] = self._tokens / (time.monotonic() - self._since)
-            self._parts, self._tokens, self._since = {}, 0, time.monotonic()
+            if self._meter is not None:
+                logs.update(self._meter.read())
+            self._parts = {}
         super().log(logs, *args, **kwargs)
 
 
@@ -134,61 +81,122 @@ def acceptance_metrics(prediction: Any) -> dict[str, float]:
 
 
 class ExportCallback(TrainerCallback):
-    """Writes the drafter, ready to serve, and recipe.json beside each Trainer checkpoint."""
+    """Writes the drafter, ready to serve, beside each Trainer checkpoint, and tells the model how far the run is."""
 
-    def __init__(self, recipe: Recipe, drafter: GumihoDrafter):
-        self.recipe, self.drafter = recipe, drafter
+    def __init__(self, recipe: Recipe, model: TrainingModel):
+        self.recipe, self.model = recipe, model
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.model.progress = state.global_step / max(1, state.max_steps)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        export(self.drafter, self.recipe, folder / "drafter")
-        (folder / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2) + "\n")
+        if state.is_world_process_zero:
+            export(self.model, self.recipe, Path(args.output_dir) / f"checkpoint-{state.global_step}" / "drafter")
 
 
-def export(drafter: GumihoDrafter, recipe: Recipe, folder: Path) -> None:
-    """Write the drafter as a speculators-format checkpoint that the engine serves."""
-    c = drafter.config
-    save_speculators(
-        folder,
-        {name: value.detach().cpu().contiguous() for name, value in drafter.state_dict().items()},
-        verifier=recipe.target,
-        layer_config={
-            "model_type": "llama", "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
-            "num_attention_heads": c.num_attention_heads, "num_key_value_heads": c.num_key_value_heads,
-            "rms_norm_eps": c.rms_norm_eps, "vocab_size": c.vocab_size,
-            "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        },
-    )  # fmt: skip
+def export(model: TrainingModel, recipe: Recipe, folder: Path) -> None:
+    """Write the drafter in the format the engine serves it from, with recipe.json beside it."""
+    c, vocabulary = model.drafter.config, model.objective.vocabulary
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.drafter.state_dict().items()}
+    layer_config = {
+        "model_type": "llama", "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
+        "num_attention_heads": c.num_attention_heads, "num_key_value_heads": c.num_key_value_heads,
+        "rms_norm_eps": c.rms_norm_eps, "vocab_size": c.vocab_size,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+    }  # fmt: skip
+    if recipe.recipe == "eagle":
+        save_eagle(folder, tensors, {**layer_config, "head_dim": c.head_dim, "num_hidden_layers": c.num_layers})
+    else:
+        if vocabulary is not None:
+            tensors[D2T] = vocabulary.cpu() - torch.arange(vocabulary.numel())
+        save_speculators(folder, tensors, verifier=recipe.target, layer_config=layer_config)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
 
 
 def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
-    """Run (or resume) a training run; returns the final held-out metrics.
+    """Run a training run, or go on from its last checkpoint; returns the final held-out metrics.
 
-    Raises: DataError for unusable data, ValueError for an unknown recipe or nothing to resume.
+    One process trains on one device; under ``torchrun`` or ``accelerate launch`` every process takes its share of the
+    rows.  Raises: RecipeError for a wrong setting, DataError for unusable data or evaluation prompts in it.
     """
+    recipe.check()
     set_seed(recipe.seed)
-    objective = recipe.objective()
+    last = last_checkpoint(Path(recipe.output)) if resume else None
     model = AutoModelForCausalLM.from_pretrained(recipe.target, dtype=torch.float32, attn_implementation="sdpa")
     text_config = model.config.get_text_config()
     samples = read_samples(map(Path, recipe.data), text_config.vocab_size)
+    if recipe.evaluation_prompts:
+        refuse_evaluation_prompts(samples, recipe.target, recipe.evaluation_prompts)
     training, held_out = split_held_out(samples, recipe.held_out, recipe.seed)
     train_rows = PackedRows(_shuffled(training, recipe.seed), recipe.row_length)
-    eval_rows = PackedRows(held_out, recipe.row_length, first_index=len(train_rows))
+    eval_rows = PackedRows(held_out, recipe.row_length)
     eval_rows.rows = eval_rows.rows[: recipe.eval_rows]
 
-    target = FrozenTarget(model, recipe.cache_features)
-    drafter = GumihoDrafter(drafter_config(text_config, recipe))
-    probe = {name: value[None] for name, value in train_rows[0].items()}
-    drafter.init_weights(float(target.probe_scale(probe)), float(target.embed.float().square().mean().sqrt()))
-    if recipe.init_from:
-        drafter.load_state_dict(dict(open_checkpoint(recipe.init_from).tensors()))
+    target = FrozenTarget(model, recipe.feature_cache)
+    counts = train_rows.token_counts(text_config.vocab_size)
+    by_count = counts.argsort(descending=True, stable=True)
+    vocabulary = by_count[: recipe.draft_vocab].sort().values if recipe.draft_vocab else None
+    frequent = by_count[: recipe.frequent]
+    frequent = frequent[counts[frequent] > 0]
+    if vocabulary is not None:
+        frequent = frequent[torch.isin(frequent, vocabulary)]
+    drafter = _new_drafter(recipe, target, train_rows)
     if recipe.phase == "heads":
         drafter.fc.requires_grad_(False)
         drafter.layers.requires_grad_(False)
-    counts = train_rows.token_counts(text_config.vocab_size)
-    frequent = counts.argsort(descending=True)[: recipe.frequent]
-    frequent = frequent[counts[frequent] > 0]
+    training_model = TrainingModel(drafter, recipe.objective(vocabulary), target, frequent, recipe.own_tokens)
+    callbacks: list[TrainerCallback] = [ExportCallback(recipe, training_model)]
+    if recipe.patience:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.patience))
+    trainer = DrafterTrainer(
+        use_muon=recipe.optimizer == "muon",
+        model=training_model,
+        args=_arguments(recipe),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        compute_metrics=acceptance_metrics,
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=last)
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        final = Path(recipe.output) / "final"
+        export(training_model, recipe, final)
+        (final / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        trainer.state.save_to_json(str(final / "trainer_state.json"))
+    return metrics
 
+
+def last_checkpoint(output: Path) -> str:
+    """The newest whole checkpoint of a run: one that a kill cut off has no trainer state yet.
+
+    Raises: RecipeError when there is none.
+    """
+    whole = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
+    if not whole:
+        raise RecipeError(f"{output}: no checkpoint to resume from; start without --resume")
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
+
+
+def _new_drafter(recipe: Recipe, target: FrozenTarget, rows: PackedRows) -> GumihoDrafter:
+    drafter = GumihoDrafter(recipe.drafter_config(target.model.config.get_text_config()))
+    probe = {name: value[None] for name, value in rows[0].items()}
+    drafter.init_weights(float(target.probe_scale(probe)), float(target.embed.float().square().mean().sqrt()))
+    if recipe.init == "target":
+        drafter.init_from_target(target.model.base_model.layers)
+    if recipe.init_from:
+        tensors = dict(open_checkpoint(recipe.init_from).tensors())
+        tensors.pop(D2T, None)
+        try:
+            drafter.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise RecipeError(
+                f"init_from {recipe.init_from}: another shape than this run's drafter: {error}"
+            ) from error
+    return drafter
+
+
+def _arguments(recipe: Recipe) -> TrainingArguments:
     settings: dict[str, Any] = {
         "output_dir": recipe.output, "max_steps": recipe.steps, "per_device_train_batch_size": recipe.rows,
         "per_device_eval_batch_size": 1, "learning_rate": recipe.learning_rate, "lr_scheduler_type": "cosine",
@@ -197,23 +205,14 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         "logging_steps": 20, "eval_strategy": "steps", "eval_steps": recipe.save_every, "save_strategy": "steps",
         "save_steps": recipe.save_every, "save_total_limit": 2, "remove_unused_columns": False,
         "label_names": ["index"], "seed": recipe.seed, "report_to": ["tensorboard"], "dataloader_num_workers": 0,
+        "ddp_find_unused_parameters": False,
     }  # fmt: skip
-    arguments = TrainingArguments(**(settings | recipe.extra))
-    trainer = DrafterTrainer(
-        use_muon=recipe.optimizer == "muon",
-        model=TrainingModel(drafter, objective, target, frequent),
-        args=arguments,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        compute_metrics=acceptance_metrics,
-        callbacks=[ExportCallback(recipe, drafter)],
-    )
-    trainer.train(resume_from_checkpoint=resume or None)
-    metrics = trainer.evaluate()
-    export(drafter, recipe, Path(recipe.output) / "final")
-    (Path(recipe.output) / "final" / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
-    (Path(recipe.output) / "final" / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    return metrics
+    if recipe.patience:
+        settings |= {
+            "load_best_model_at_end": True, "metric_for_best_model": "acceptance_length", "greater_is_better": True,
+            "restore_callback_states_from_checkpoint": True,
+        }  # fmt: skip
+    return TrainingArguments(**(settings | recipe.extra))
 
 
 def _shuffled(samples: list[Sample], seed: int) -> list[Sample]:

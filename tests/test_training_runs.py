@@ -1,0 +1,172 @@
+"""Whole training runs: killed and resumed, in several processes, and what they leave behind is served."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from engines import case, run_engines
+
+from vllm_gumiho.checkpoint import D2T, open_checkpoint
+from vllm_gumiho.training.errors import RecipeError
+from vllm_gumiho.training.recipe import Recipe
+from vllm_gumiho.training.trainer import last_checkpoint, train
+
+SCRIPT = Path(__file__).with_name("train_main.py")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rng = random.Random(0)
+    lines = []
+    for i in range(40):
+        start = rng.randrange(2, 100)
+        turns = [
+            {"prompt": [rng.randrange(2, 150) for _ in range(5)], "answer": [start + j for j in range(12)]},
+            {"prompt": [3, 4], "answer": [start + 20 + j for j in range(6)]},
+        ]
+        lines.append(json.dumps({"id": f"s{i}", "turns": turns}))
+    file = tmp_path_factory.mktemp("data") / "answers.jsonl"
+    file.write_text("\n".join(lines))
+    return file
+
+
+def recipe(target, data, output, **changes) -> Recipe:
+    small = {
+        "steps": 3, "save_every": 2, "rows": 2, "row_length": 64, "eval_rows": 2, "held_out": 0.1, "bf16": False,
+        "candidates": 32, "frequent": 16,
+        "extra": {"disable_tqdm": True, "report_to": [], "logging_steps": 1, "use_cpu": True},
+    }  # fmt: skip
+    return Recipe(target=str(target), data=[str(data)], output=str(output), **(small | changes))
+
+
+def start(folder: Path, settings: Recipe, *launcher: str, resume: bool = False) -> subprocess.Popen:
+    file = folder / "recipe.json"
+    file.write_text(json.dumps(asdict(settings)))
+    command = [sys.executable, *launcher, str(SCRIPT), str(file), *(["resume"] if resume else [])]
+    log = (folder / "log").open("a")
+    return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def loss_curve(output: Path) -> dict[int, float]:
+    state = json.loads((output / "final" / "trainer_state.json").read_text())
+    return {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path, tiny_target, data):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = {"steps": 12, "own_tokens": 0.5, "feature_cache": str(tmp_path / "features")}
+    run = start(tmp_path, recipe(tiny_target, data, killed, **settings))
+    while not list(killed.glob("checkpoint-4/trainer_state.json")):
+        assert run.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.02)
+    run.kill()
+    run.wait()
+    assert not (killed / "final").exists()
+    stopped = last_checkpoint(killed)
+    assert start(tmp_path, recipe(tiny_target, data, killed, **settings), resume=True).wait(timeout=300) == 0
+    assert start(tmp_path, recipe(tiny_target, data, whole, **settings)).wait(timeout=300) == 0
+    expected, seen = loss_curve(whole), loss_curve(killed)
+    assert sorted(seen) == sorted(expected) == list(range(1, 13))
+    # The same sums in the same order on the same machine: no tolerance.
+    assert seen == expected
+    assert int(stopped.rpartition("-")[2]) < 12
+
+
+def test_two_processes_train_one_drafter(tmp_path, tiny_target, data):
+    settings = recipe(tiny_target, data, tmp_path / "out", steps=2)
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713")
+    assert start(tmp_path, settings, *launcher).wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
+    # Two processes of two rows each take four rows a step, so an epoch has a quarter as many steps as rows.
+    state = json.loads((tmp_path / "out" / "final" / "trainer_state.json").read_text())
+    assert state["epoch"] == pytest.approx(2 / math.ceil(len(_train_rows(settings)) / 4))
+    assert open_checkpoint(tmp_path / "out" / "final").sizes.max_draft_tokens == 7
+
+
+def _train_rows(settings: Recipe):
+    from vllm_gumiho.training.data import PackedRows, read_samples, split_held_out
+
+    samples = read_samples([Path(settings.data[0])], 160)
+    return PackedRows(split_held_out(samples, settings.held_out, 0)[0], settings.row_length)
+
+
+def test_early_stopping_ends_a_run_that_no_longer_gains(tmp_path, tiny_target, data):
+    # At this learning rate nothing changes, so the second measurement is no better than the first.
+    train(recipe(tiny_target, data, tmp_path, steps=40, patience=1, learning_rate=1e-12))
+    assert max(loss_curve(tmp_path)) == 4
+
+
+def test_features_from_the_cache_are_the_targets(tmp_path, tiny_target, data):
+    from transformers import AutoModelForCausalLM
+
+    from vllm_gumiho.training.model import FrozenTarget
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32)
+    batch = {name: value[None] for name, value in _train_rows(recipe(tiny_target, data, tmp_path))[0].items()}
+    plain = FrozenTarget(model).features(batch)
+    cached = FrozenTarget(model, tmp_path / "features")
+    first, second = cached.features(batch), cached.features(batch)
+    torch.testing.assert_close(first, plain, rtol=2**-8, atol=1e-6)
+    assert torch.equal(first, second)
+    (file,) = (tmp_path / "features").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    assert torch.equal(cached.features(batch), first), "a file cut off is computed anew"
+
+
+@pytest.mark.engine
+def test_a_drafter_of_a_reduced_vocabulary_and_eagle_1_are_served(tmp_path, tiny_target, data):
+    train(recipe(tiny_target, data, tmp_path / "small", draft_vocab=48, steps=20, learning_rate=3e-3, save_every=20))
+    train(recipe(tiny_target, data, tmp_path / "eagle", recipe="eagle", steps=20, learning_rate=3e-3, save_every=20))
+    drafter = open_checkpoint(tmp_path / "small" / "final")
+    d2t = dict(drafter.tensors())[D2T]
+    allowed = (torch.arange(len(d2t)) + d2t).tolist()
+    assert drafter.sizes.draft_vocab_size == 48
+    assert allowed == sorted(set(allowed))
+    cases = {
+        "off": case(tiny_target),
+        "small": case(tiny_target, {"method": "gumiho", "model": str(tmp_path / "small" / "final")}),
+        "probabilistic": case(
+            tiny_target,
+            {"method": "gumiho", "model": str(tmp_path / "small" / "final"), "draft_sample_method": "probabilistic"},
+        ),
+        "eagle": case(
+            tiny_target,
+            {"method": "eagle", "model": str(tmp_path / "eagle" / "final"), "num_speculative_tokens": 4},
+        ),
+    }
+    results = run_engines(tmp_path, "v1", cases)
+    for name in ("small", "probabilistic", "eagle"):
+        assert results[name]["tokens"] == results["off"]["tokens"], name
+        assert results[name]["drafted"] > 0
+    assert set(results["small"]["draft_tokens"]) <= set(allowed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "best"}, "recipe 'best' is not known; choose one of paper, unrolled, eagle"),
+        ({"steps": 0}, "steps is 0; it must be above 0"),
+        ({"own_tokens": 2.0}, "own_tokens is 2.0; it must lie between 0 and 1"),
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"recipe": "eagle", "draft_vocab": 5}, "recipe 'eagle' has one phase"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path, tiny_target, data, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        train(recipe(tiny_target, data, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_needs_a_checkpoint(tmp_path, tiny_target, data):
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(RecipeError, match="no checkpoint to resume from"):
+        train(recipe(tiny_target, data, tmp_path), resume=True)

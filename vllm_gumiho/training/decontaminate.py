@@ -1,0 +1,95 @@
+"""Keeping evaluation prompts out of training data."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_gumiho.training.data import Sample
+from vllm_gumiho.training.errors import DataError
+
+WHOLE_ONLY = 40
+SHOWN = 10
+logger = logging.getLogger("vllm_gumiho")
+
+
+def normalise(text: str) -> str:
+    """Letters and digits only, in lower case: what is left alike when a prompt is copied with other spacing."""
+    return re.sub(r"[\W_]+", "", text.lower())
+
+
+@dataclass(frozen=True)
+class EvaluationPrompts:
+    """Normalised user turns of evaluation prompts, by id."""
+
+    turns: dict[str, str]
+
+    @staticmethod
+    def read(paths: Iterable[str | Path]) -> EvaluationPrompts:
+        """Files (a folder stands for its ``*.jsonl``) of ``{"id", "turns"}`` lines.
+
+        Raises: DataError for a file that is not there, is empty, or has a line of another form.
+        """
+        turns: dict[str, str] = {}
+        for path in map(Path, paths):
+            files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+            if not files or not all(file.is_file() for file in files):
+                raise DataError(f"{path}: no evaluation prompts there; give a JSON-lines file or a folder of them")
+            for file in files:
+                for number, line in enumerate(file.read_text().split("\n"), 1):
+                    if not line.strip():
+                        continue
+                    try:
+                        raw = json.loads(line)
+                        texts = [normalise(str(turn)) for turn in raw["turns"]]
+                        turns |= {text: f"{file.stem}:{raw['id']}" for text in texts if text}
+                    except (ValueError, KeyError, TypeError) as error:
+                        raise DataError(
+                            f'{file}:{number}: not a prompt ({error!r}); expected {{"id", "turns"}}'
+                        ) from error
+        return EvaluationPrompts(turns)
+
+    def found_in(self, text: str) -> str | None:
+        """Id of an evaluation prompt that ``text`` is or contains; short ones count only when they are all of it."""
+        text = normalise(text)
+        if text in self.turns:
+            return self.turns[text]
+        return next((name for turn, name in self.turns.items() if len(turn) >= WHOLE_ONLY and turn in text), None)
+
+    def refuse(self, texts: Iterable[tuple[str, str]]) -> int:
+        """Check ``(id, text)`` pairs; returns how many were checked.
+
+        Raises: DataError naming the ids of those that hold an evaluation prompt, and which.
+        """
+        checked, found = 0, []
+        for name, text in texts:
+            checked += 1
+            if evaluation := self.found_in(text):
+                found.append(f"{name} (is {evaluation})")
+        if found:
+            more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+            raise DataError(
+                f"{len(found)} of {checked} training prompts are evaluation prompts: {', '.join(found[:SHOWN])}{more}; "
+                "take them out, a head must not be trained on what it is measured with"
+            )
+        return checked
+
+
+def refuse_evaluation_prompts(samples: list[Sample], target: str, paths: Iterable[str]) -> None:
+    """Raises: DataError when the decoded prompt of a sample holds an evaluation prompt."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    prompts = EvaluationPrompts.read(paths)
+    checked = prompts.refuse(
+        (sample.id, tokenizer.decode(prompt, skip_special_tokens=True))
+        for sample in samples
+        for prompt, _ in sample.turns
+    )
+    logger.warning(
+        "%d training prompts checked: none of the %d evaluation turns is in them", checked, len(prompts.turns)
+    )

@@ -1,0 +1,74 @@
+"""How fast training runs: answer tokens a second, and the share of the machine's matrix-multiply rate in use."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vllm_gumiho.training.model import TrainingModel
+
+PROBE_SIZE = 2048
+PROBE_REPEATS = 5
+BACKWARD = 3
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of one square product (median of a few), measured on this device."""
+    # Not random: drawing numbers would move the generator, and a resumed run must draw what the whole run drew.
+    a = torch.linspace(-1, 1, PROBE_SIZE * PROBE_SIZE, device=device).view(PROBE_SIZE, PROBE_SIZE).to(dtype)
+    times = []
+    for _ in range(PROBE_REPEATS + 1):
+        _wait(device)
+        start = time.perf_counter()
+        a @ a
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return 2 * PROBE_SIZE**3 / sorted(times[1:])[PROBE_REPEATS // 2]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class SpeedMeter:
+    """Answer tokens a second, and the share of the measured matrix-multiply rate, between readings."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.peak = matmul_rate(device, dtype)
+        self._device = device
+        self._clear()
+
+    def add(self, tokens: int, flops: int) -> None:
+        """Count one step of ``tokens`` answer tokens and ``flops`` operations."""
+        self.tokens += tokens
+        self.flops += flops
+
+    def read(self) -> dict[str, float]:
+        """Rates since the last reading."""
+        _wait(self._device)
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        rates = {"answer_tokens_per_s": self.tokens / seconds, "matmul_share": self.flops / seconds / self.peak}
+        self._clear()
+        return rates
+
+    def _clear(self) -> None:
+        self.tokens, self.flops, self.since = 0, 0, time.perf_counter()
+
+
+@torch.no_grad()
+def training_flops(model: TrainingModel, batch: dict[str, Tensor]) -> int:
+    """Operations of one training step on this batch: the target's pass, and three times the drafter's.
+
+    Counted on a pass of its own, since the counter takes composite operations apart and so changes the last bits of
+    what it watches; the random generator is put back.
+    """
+    devices = [batch["input_ids"].device] if batch["input_ids"].is_cuda else []
+    with torch.random.fork_rng(devices=devices), FlopCounterMode(display=False) as counter:
+        features = model.target_features(batch)
+        target = counter.get_total_flops()
+        model.training_losses(batch, features)
+    return target + BACKWARD * (counter.get_total_flops() - target)
