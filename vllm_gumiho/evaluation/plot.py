@@ -1,0 +1,85 @@
+"""Acceptance per position of several runs, as a picture."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from vllm_gumiho.evaluation import EvalError
+from vllm_gumiho.evaluation.report import run_title
+
+_PANELS = (
+    ("acceptance_per_position", "accepted up to this position"),
+    ("conditional_accuracy_per_position", "accepted, given that the one before was"),
+)
+_MARKERS = "osD^vPX*"
+
+
+def read_runs(
+    files: list[Path], labels: list[str], lengths: list[int], temperatures: list[float]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Runs that draft, with a label each, out of the judge's reports; filtered where lengths or temperatures are given.
+
+    A label names a file (its stem by default); method, K and T are added where the file gives more than one run.
+
+    Raises: EvalError for a file that is no report, one without such a run, or labels that do not fit.
+    """
+    if labels and len(labels) != len(files):
+        raise EvalError(f"--labels: {len(labels)} labels for {len(files)} reports; give one for each, in their order")
+    found: list[tuple[str, dict[str, Any]]] = []
+    for file, label in zip(files, labels or [file.stem for file in files], strict=True):
+        try:
+            report = json.loads(file.read_bytes())
+            runs = [
+                run
+                for run in report["runs"]
+                if run["method"] != "none"
+                and (not lengths or run["num_speculative_tokens"] in lengths)
+                and (not temperatures or run["temperature"] in temperatures)
+            ]
+            for run in runs:
+                for name, _ in _PANELS:
+                    run["mean"][name] = [None if value is None else float(value) for value in run["mean"][name]]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise EvalError(
+                f"{file}: no report of 'vllm-gumiho eval' ({error!r}); make one with --json FILE"
+            ) from error
+        if not runs:
+            raise EvalError(f"{file}: it has no run that drafts with the K and temperature asked for; ask for others")
+        found += [(label if len(runs) == 1 else f"{label}, {run_title(run)}", run) for run in runs]
+    return found
+
+
+def plot_acceptance(runs: list[tuple[str, dict[str, Any]]], output: Path) -> None:
+    """Write a PNG with two panels, cumulative and conditional acceptance per position, mean over the sets.
+
+    Raises: EvalError without matplotlib, or when the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise EvalError("plots need matplotlib, which is not installed; pip install 'vllm-gumiho[eval]'") from error
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axis, (name, title) in zip(axes, _PANELS, strict=True):
+        for index, (label, run) in enumerate(runs):
+            values = run["mean"][name]
+            heights = [float("nan") if value is None else value for value in values]
+            length = f"{label} ({run['mean']['acceptance_length']:.2f})"
+            axis.plot(range(1, len(values) + 1), heights, marker=_MARKERS[index % len(_MARKERS)], label=length)
+        axis.set(title=title, xlabel="draft position", ylim=(0, 1))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share of drafts, mean over sets")
+    axes[0].set_xticks(range(1, max(len(run["mean"][_PANELS[0][0]]) for _, run in runs) + 1))
+    axes[0].legend(title="run (acceptance length)", fontsize="small")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+            part = Path(scratch) / "plot.png"
+            figure.savefig(part, dpi=150)
+            part.replace(output)
+    except OSError as error:
+        raise EvalError(f"{output}: cannot be written ({error}); give another path") from error

@@ -1,0 +1,63 @@
+"""A judgement on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+
+def run_title(run: dict[str, Any]) -> str:
+    """Method, K and (of a finished run) temperature."""
+    title = "no speculation" if run["method"] == "none" else f"{run['method']} K={run['num_speculative_tokens']}"
+    return f"{title} T={run['temperature']:g}" if "temperature" in run else title
+
+
+def set_line(run: dict[str, Any], name: str, one: dict[str, Any]) -> str:
+    """One line on a set just finished."""
+    line = f"{run_title(run)} {name}: {one['prompts']} prompts, {one['output_tokens']} tokens, {one['seconds']:.1f} s"
+    return line if run["method"] == "none" else f"{line}, acceptance length {one['acceptance_length']:.3f}"
+
+
+def show(console: Console, run: dict[str, Any]) -> None:
+    """Table of a run: a row a set, their mean, conditional accuracy; then every prompt whose output differs."""
+    drafts = run["method"] != "none"
+    positions = [str(i + 1) for i in range(run["num_speculative_tokens"])]
+    columns = ["tokens", "tok/s", *(["length", *positions, "equal"] if drafts else [])]
+    caption = (
+        "length: 1 + accepted / drafts; 1, 2, ...: share of drafts accepted up to that position" if drafts else None
+    )
+    table = Table(
+        title=f"{run_title(run)}, {run['mean']['prompts']} prompts",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        caption=caption,
+    )
+    table.add_column("set")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, one in (*run["sets"].items(), ("mean", run["mean"])):
+        if name == "mean":
+            table.add_section()
+        cells = [name, str(one["output_tokens"]), f"{one['output_tokens_per_s']:.1f}"]
+        if drafts:
+            equal = "" if one["equal"] is None else f"{one['equal']}/{one['prompts']}"
+            cells += [f"{one['acceptance_length']:.3f}", *map(_rate, one["acceptance_per_position"]), equal]
+        table.add_row(*cells)
+    if drafts:
+        table.add_row("conditional", "", "", "", *map(_rate, run["mean"]["conditional_accuracy_per_position"]), "")
+    console.print(table)
+    for name, one in run["sets"].items():
+        for found in one["different"]:
+            console.print(
+                f"{name}: {found['id']} differs from speculation off in turn {found['turn']} at token "
+                f"{found['position']}: {found['off']} without, {found['on']} with",
+                style="red", markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}".removeprefix("0")
