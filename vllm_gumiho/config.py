@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 METHOD = "gumiho"
 LOAD_FORMAT = "gumiho"
+AUTO = "auto"
 logger = logging.getLogger("vllm.vllm_gumiho")
 
 
@@ -55,16 +56,14 @@ def rewrite(
     Raises: CheckpointError (a ValueError) naming what is wrong with the checkpoint, the target or the values.
     """
     spec = dict(spec)
-    if spec.get("method") not in (None, METHOD, "eagle"):
-        raise CheckpointError(f"model 'gumiho' goes with method 'gumiho', not {spec['method']!r}; leave out the method")
-    model = spec.get("model")
-    if model is not None and not isinstance(model, str):
-        raise CheckpointError(f"speculative model {model!r} is not a path or a hub name")
-    where = find_checkpoint(target.model) if model in (None, METHOD) else model
-    checkpoint = open_checkpoint(resolve(where, spec.get("revision")))
-    _check_features(spec, parallel)
+    where, path = locate(spec, target)
+    checkpoint = open_checkpoint(path)
+    check_features(spec, parallel)
     tokens = _draft_length(spec.get("num_speculative_tokens"), checkpoint)
+    _check_schedule(spec.get("num_speculative_tokens_per_batch_size"), tokens)
     draft_config = derive_draft_config(checkpoint, target)
+    if target_load_format != "dummy":
+        checkpoint.verify(target.get_vocab_size())
     spec |= {
         "method": "eagle",
         "model": str(_publish(draft_config)),
@@ -82,6 +81,20 @@ def rewrite(
         where, checkpoint.layout, checkpoint.sizes.num_serial_steps, checkpoint.sizes.num_heads, tokens,
     )  # fmt: skip
     return spec
+
+
+def locate(spec: dict[str, Any], target: ModelConfig) -> tuple[str, Path]:
+    """The checkpoint a speculative config means: as named (found for the target where it is not), and its local path.
+
+    Raises: CheckpointError for another method, a model that is not a name, and an unknown or missing checkpoint.
+    """
+    if spec.get("method") not in (None, METHOD, "eagle"):
+        raise CheckpointError(f"model 'gumiho' goes with method 'gumiho', not {spec['method']!r}; leave out the method")
+    model = spec.get("model")
+    if model is not None and not isinstance(model, str):
+        raise CheckpointError(f"speculative model {model!r} is not a path or a hub name")
+    where = find_checkpoint(target.model) if model in (None, METHOD) else model
+    return where, resolve(where, spec.get("revision"))
 
 
 def derive_draft_config(checkpoint: Checkpoint, target: ModelConfig) -> dict[str, Any]:
@@ -120,8 +133,17 @@ def derive_draft_config(checkpoint: Checkpoint, target: ModelConfig) -> dict[str
     layer.setdefault("max_position_embeddings", getattr(text, "max_position_embeddings", 2048))
     if not layer.get("rope_parameters") and "rope_theta" not in layer:
         layer["rope_parameters"] = {k: rope[k] for k in rope}
+    own = layer.get("rope_parameters")
+    if isinstance(own, dict) and own.get("rope_theta") is None and "rope_theta" in rope and "rope_theta" not in layer:
+        layer["rope_parameters"] = {**own, "rope_theta": rope["rope_theta"]}
     layer["vocab_size"] = target.get_vocab_size()
-    config = speculators_config(sizes, target.model, layer)
+    try:
+        config = speculators_config(sizes, target.model, layer)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}; correct its config.json or fetch it again") from error
+    # Model runner V1 checks drafts of stale tokens for a whole batch once a request is longer than this.
+    final = config["transformer_layer_config"]
+    final["max_position_embeddings"] = max(final["max_position_embeddings"], target.max_model_len)
     config["gumiho_checkpoint"] = str(checkpoint.path.resolve())
     return config
 
@@ -150,12 +172,27 @@ def _draft_length(asked: Any, checkpoint: Checkpoint) -> int:
     if isinstance(asked, bool) or not isinstance(asked, int) or not 1 <= asked <= most:
         raise CheckpointError(
             f"num_speculative_tokens={asked!r} with {checkpoint.path}: it drafts {checkpoint.sizes.num_serial_steps} "
-            f"serial tokens and {checkpoint.sizes.num_heads} from heads; give a whole number from 1 to {most}"
+            f"serial tokens and {checkpoint.sizes.num_heads} from heads; give a whole number from 1 to {most}, "
+            'or "auto"'
         )
     return asked
 
 
-def _check_features(spec: dict[str, Any], parallel: ParallelConfig) -> None:
+def _check_schedule(schedule: Any, most: int) -> None:
+    """Refuse a wrong schedule here: vLLM looks at it in the engine core only, and cuts a K that is too large."""
+    end, rows = 0, [] if schedule is None else schedule
+    for row in rows if isinstance(rows, list) and (rows or schedule is None) else [schedule]:
+        numbers = isinstance(row, (list, tuple)) and len(row) == 3 and all(type(number) is int for number in row)
+        if not numbers or not (end < row[0] <= row[1] and 0 <= row[2] <= most) or (end == 0 and row[0] != 1):
+            raise CheckpointError(
+                f"num_speculative_tokens_per_batch_size={schedule!r}: at {row!r}, expected [first, last, K] with batch "
+                f"sizes rising from 1 and K from 0 to num_speculative_tokens={most}"
+            )
+        end = row[1]
+
+
+def check_features(spec: dict[str, Any], parallel: ParallelConfig) -> None:
+    """Raises: CheckpointError for pipeline parallelism and for what Gumiho does in its own way."""
     if parallel.pipeline_parallel_size > 1:
         raise CheckpointError(
             f"Gumiho shares the target's embedding and LM head, which pipeline parallelism puts on different workers; "

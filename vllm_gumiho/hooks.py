@@ -57,6 +57,8 @@ HOOKS: tuple[Hook, ...] = (
     Hook("vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens", "patched",
          "CPU build only, and only while Gumiho drafts: temperatures reach the drafts' tokens",
          ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to")),
+    Hook("vllm.v1.sample.rejection_sampler", "apply_sampling_constraints", "patched",
+         "CPU build only, and only while Gumiho drafts: top_k in a step without drafts", ("logits",)),
     Hook("vllm.model_executor.models.registry", "_ModelRegistry.register_model", "registered", "the draft model",
          ("model_arch", "model_cls")),
     Hook("vllm.transformers_utils.configs.speculators.algos", "register_speculator", "registered",
@@ -92,6 +94,12 @@ HOOKS: tuple[Hook, ...] = (
          ("hf_to_vllm_mapper",)),
     Hook("vllm.model_executor.models.llama", "LlamaForCausalLM.compute_logits", "inherited", "the target's LM head",
          ("hidden_states",)),
+    Hook("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbeddingShardIndices", "called",
+         "tokens of an LM head's shard, for the argmax kernel", ("org_vocab_start_index", "org_vocab_end_index")),
+    Hook("vllm.model_executor.layers.vocab_parallel_embedding", "UnquantizedEmbeddingMethod.apply", "called",
+         "checks the argmax kernel", ("layer", "x", "bias")),
+    Hook("vllm.distributed.communication_op", "tensor_model_parallel_all_gather", "called",
+         "best tokens of all shards of an LM head", ("input_", "dim")),
     Hook("vllm.model_executor.model_loader.base_loader", "BaseModelLoader.load_weights", "inherited",
          "strict reading of checkpoints", ("model", "model_config")),
 )  # fmt: skip
@@ -222,7 +230,7 @@ def _patch_arguments(arg_utils: Any) -> None:
 def _create_speculative_config(original: Callable[..., Any], refusal: str | None) -> Callable[..., Any]:
     @functools.wraps(original)
     def create(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
-        from vllm_gumiho.config import asks_for_gumiho, rewrite
+        from vllm_gumiho.config import AUTO, asks_for_gumiho, rewrite
 
         flags = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
         given = {key: getattr(self, flag) for flag, key in flags.items() if getattr(self, flag) is not None}
@@ -230,7 +238,8 @@ def _create_speculative_config(original: Callable[..., Any], refusal: str | None
         if not isinstance(asked, dict) or not all(isinstance(key, str) for key in asked):
             return original(self, target_model_config, target_parallel_config)
         written = {key.replace("-", "_"): value for key, value in asked.items()}
-        if given.keys() & written.keys() or not asks_for_gumiho({**written, **given}):
+        spec: dict[str, Any] = {**written, **given}
+        if given.keys() & written.keys() or not asks_for_gumiho(spec):
             return original(self, target_model_config, target_parallel_config)
         if refusal:
             raise HookError(refusal)
@@ -238,8 +247,13 @@ def _create_speculative_config(original: Callable[..., Any], refusal: str | None
         try:
             for flag in flags:
                 setattr(self, flag, None)
-            self.speculative_config = rewrite(
-                {**written, **given}, target_model_config, target_parallel_config, str(self.load_format)
+            settled: dict[str, Any] | None = spec
+            if spec.get("num_speculative_tokens") == AUTO:
+                from vllm_gumiho.tuning.auto import settle
+
+                settled = settle(spec, self, target_model_config, target_parallel_config)
+            self.speculative_config = settled and rewrite(
+                settled, target_model_config, target_parallel_config, str(self.load_format)
             )
             return original(self, target_model_config, target_parallel_config)
         finally:

@@ -1,0 +1,167 @@
+"""Choosing draft lengths from planted costs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_gumiho.tuning import TuningError
+from vllm_gumiho.tuning.measure import Plan, costs_of
+from vllm_gumiho.tuning.schedule import Costs, checked_schedule, choose, in_words, ranges
+
+SIZES = (1, 2, 4, 8)
+ACCEPTANCE = [0.8, 0.7, 0.5]
+
+
+def planted(verify: float, draft: float, idle: float = 0.1, acceptance=ACCEPTANCE) -> Costs:
+    """10 ms a target pass, ``verify`` more for each draft token and request, ``draft`` for each draft step."""
+    off = dict.fromkeys(SIZES, 10.0)
+    on = {k: {b: 10 + (draft * k or idle) + verify * b * k for b in SIZES} for k in range(len(acceptance) + 1)}
+    return Costs(off, on, acceptance)
+
+
+def brute_force(costs: Costs, batch: int) -> int:
+    accepted = [sum(math.prod(costs.acceptance[:i]) for i in range(1, k + 1)) for k in costs.on]
+    return max(costs.on, key=lambda k: ((1 + accepted[k]) / costs.on[k][batch], -k))
+
+
+def test_drafting_shrinks_as_checking_gets_dear():
+    costs = planted(verify=0.5, draft=0.5)
+    choice = choose(costs, margin=0)
+    lengths = {size: next(k for first, last, k in choice.schedule if first <= size <= last) for size in SIZES}
+    assert lengths == {size: brute_force(costs, size) for size in SIZES}
+    assert lengths[1] == 3 > lengths[8]
+    assert choice.schedule[-1] == [9, 9, 0]
+
+
+def test_free_drafts_are_all_taken_up_to_what_was_measured():
+    assert choose(planted(verify=0, draft=0.01)).schedule == [[1, 8, 3], [9, 9, 0]]
+
+
+@pytest.mark.parametrize("acceptance", [[0.0, 0.0, 0.0], [0.05, 0.5, 0.5]])
+def test_drafts_that_are_never_right_turn_speculation_off(acceptance):
+    choice = choose(planted(verify=0.1, draft=2, acceptance=acceptance))
+    assert (choice.schedule, choice.single) == (None, 0)
+    assert "pays at no batch size" in choice.reason
+
+
+def test_no_drafting_wins_ties_and_small_gains():
+    """K = 1 gives 1.4 times the tokens: in 14 ms a tie with 10 ms, in 13.5 ms a gain of 3.7 %."""
+    for step in (14.0, 13.5):
+        costs = Costs({1: 10.0}, {0: {1: 10.0}, 1: {1: step}}, [0.4])
+        assert choose(costs, margin=0.05).schedule is None
+    assert choose(costs, margin=0.03).schedule == [[1, 1, 1], [2, 2, 0]]
+
+
+def test_of_equal_lengths_the_smaller_is_taken():
+    costs = Costs({1: 10.0}, {0: {1: 10.0}, 1: {1: 10.0}, 2: {1: 10.0}}, [0.5, 0.0])
+    assert choose(costs).schedule == [[1, 1, 1], [2, 2, 0]]
+
+
+def test_an_idle_drafter_that_costs_too_much_in_large_batches_turns_speculation_off():
+    """Twice as fast alone, but 20 % behind at 8 even without drafts."""
+    on = {0: {1: 10.1, 8: 12.5}, 1: {1: 8.0, 8: 40.0}}
+    costs = Costs({1: 10.0, 8: 10.0}, on, [0.6])
+    choice = choose(costs)
+    assert choice.schedule is None
+    assert "2.00x expected at batch size 1, but 0.80x at 8" in choice.reason
+    assert choose(costs, max_loss=0.25).schedule[0][2] == 1
+
+
+def test_a_single_length_serves_where_no_schedule_can():
+    assert choose(planted(verify=0.01, draft=0.1)).single == 3
+    costs = planted(verify=2.0, draft=0.1)
+    assert choose(costs).schedule[0][2] > 0
+    assert choose(costs).single == 0, "every K loses at batch size 8"
+
+
+def test_sizes_between_the_measured_ones_are_interpolated():
+    costs = Costs({1: 10.0, 4: 10.0}, {0: {1: 10.0, 4: 10.0}, 1: {1: 10.0, 4: 19.0}}, [0.5])
+    assert costs.speed(1, 2) == pytest.approx(1000 * 2 * 1.5 / 13)
+    assert choose(costs, margin=0.01, max_loss=0).schedule == [[1, 2, 1], [3, 5, 0]]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=20))
+def test_ranges_say_what_the_lengths_said_to_vllm_too(lengths):
+    from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+
+    found = ranges(lengths)
+    assert checked_schedule(found, 3) == found
+    lookup = build_dynamic_sd_schedule_lookup(found, len(lengths) + 5, 3)
+    assert lookup[1:] == [*lengths, *[0] * 5]
+    assert all(a[2] != b[2] for a, b in itertools.pairwise(found))
+
+
+def test_a_schedule_in_words():
+    assert in_words([[1, 2, 7], [3, 3, 1], [4, 17, 0]]) == (
+        "K=7 at batch size 1 to 2, K=1 at batch size 3, K=0 at batch size 4 and above"
+    )
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        None, {}, [], [[1, 2]], [[2, 3, 1]], [[1, 2, 4]], [[1, 2, -1]], [[1, 2, 1], [4, 5, 0]], [[1, 2, 1], [2, 3, 0]],
+        [[2, 1, 1]], [["1", 2, 1]], [[1, 2, True]], [[1, 2.0, 1]], "x",
+    ],
+)  # fmt: skip
+def test_a_bad_schedule_is_refused(schedule):
+    with pytest.raises(TuningError, match="K from 0 to 3"):
+        checked_schedule(schedule, 3)
+
+
+@pytest.mark.parametrize(
+    ("off", "on", "acceptance"),
+    [
+        ({}, {}, []), ({2: 1.0}, {0: {2: 1.0}, 1: {2: 1.0}}, [0.5]), ({1: 1.0}, {1: {1: 1.0}}, [0.5]),
+        ({1: 1.0}, {0: {1: 1.0}, 1: {1: 1.0, 2: 1.0}}, [0.5]), ({1: 1.0}, {0: {1: 1.0}, 1: {1: 1.0}}, []),
+        ({1: 0.0}, {0: {1: 1.0}, 1: {1: 1.0}}, [0.5]), ({1: math.nan}, {0: {1: 1.0}, 1: {1: 1.0}}, [0.5]),
+        ({1: 1.0}, {0: {1: 1.0}}, [0.5]),
+    ],
+)  # fmt: skip
+def test_an_incomplete_measurement_is_refused(off, on, acceptance):
+    with pytest.raises(TuningError):
+        Costs(off, on, acceptance)
+
+
+def measurement(off=(10.0, 10.0), idle=(10.1, 10.2), one=(10.3, 30.0)) -> dict:
+    def times(pair):
+        return {"1": [pair[0] + 5, pair[0], pair[0]], "2": [pair[1], pair[1] + 50]}
+
+    return {
+        "off_ms": times(off), "on_ms": {"0": times(idle), "1": times(one)}, "drafts": 200, "accepted": [100],
+        "runner": "V1", "seconds": 1.0,
+    }  # fmt: skip
+
+
+def test_costs_are_the_quietest_repeats_and_accepted_shares():
+    costs = costs_of(measurement())
+    assert costs.off == {1: 10.0, 2: 10.0}
+    assert costs.on == {0: {1: 10.1, 2: 10.2}, 1: {1: 10.3, 2: 30.0}}
+    assert costs.acceptance == [0.5]
+
+
+@given(st.lists(st.floats(1, 50), min_size=6, max_size=6))
+def test_noise_never_leaves_less_work_taking_longer(times):
+    """Off, idle and K = 1, at 1 and 2: more drafts or more requests take at least as long."""
+    noisy = measurement(off=tuple(times[:2]), idle=tuple(times[2:4]), one=tuple(times[4:]))
+    costs = costs_of(noisy)
+    rows = [costs.off, costs.on[0], costs.on[1]]
+    assert all(row[1] <= row[2] for row in rows)
+    assert all(less[size] <= more[size] for less, more in itertools.pairwise(rows) for size in (1, 2))
+    assert all(row[size] <= raw for row, raw in zip(rows, times[::2], strict=True) for size in (1,))
+    assert rows[2][2] == times[5]
+
+
+def test_a_disturbed_off_time_cannot_turn_drafting_on():
+    assert choose(costs_of(measurement(off=(90.0, 90.0), one=(20.0, 30.0)))).schedule is None
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
+def test_batch_sizes_double_up_to_the_largest(most, sizes):
+    assert Plan(max_batch=most).batches == sizes

@@ -1,0 +1,226 @@
+"""The commands ``vllm-gumiho plan`` and ``vllm-gumiho tune``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_gumiho.tuning import TuningError
+from vllm_gumiho.tuning.schedule import MARGIN, MAX_LOSS, in_words
+from vllm_gumiho.tuning.theory import Option, best, options
+
+if TYPE_CHECKING:
+    from vllm_gumiho.tuning.measure import Note, Plan
+
+console = Console()
+
+
+def plan(
+    step_times: Annotated[
+        str,
+        typer.Option(
+            help="Milliseconds: target pass over one token, each further token in it, a serial step, all heads; "
+            "four numbers with commas, or a JSON file with keys target, verify, serial, heads."
+        ),
+    ],
+    acceptance: Annotated[
+        str | None, typer.Option(help="Accuracy at position 1, 2, ..., given that all before were right.")
+    ] = None,
+    serial_acceptance: Annotated[str | None, typer.Option(help="The same for tokens of serial steps.")] = None,
+    head_acceptance: Annotated[str | None, typer.Option(help="The same for tokens of heads.")] = None,
+    report: Annotated[
+        Path | None, typer.Option("--from", help="Take accuracies from a JSON report of eval, demo or tune.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Requests decoded together.")] = 1,
+    serial_steps: Annotated[
+        int | None, typer.Option(help="Only splits of a drafter trained with so many serial steps.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to write.")] = None,
+) -> None:
+    """Expected accepted tokens and tokens/s of every split of K into serial steps and heads.
+
+    With one list of accuracies a head is taken to guess as well as a serial step at the same position, which favours
+    heads: real ones are worse.  Give both lists where you know them.  Serial steps and heads are taken to cost the
+    same at any batch size.
+    """
+    from vllm_gumiho.tuning import inputs
+
+    times = inputs.step_times(step_times)
+    serial, heads = _accuracies(acceptance, serial_acceptance, head_acceptance, report)
+    found = options(serial, heads, times, batch, serial_steps)
+    fastest = best(found)
+    if plot is not None:
+        from vllm_gumiho.tuning.plot import plot_plan
+
+        plot_plan(found, plot)
+    if as_json:
+        rows = [{"length": option.length, **dataclasses.asdict(option)} for option in found]
+        print(json.dumps({"batch": batch, "best": rows[found.index(fastest)], "options": rows}, indent=1))
+        return
+    table = Table("K", "serial", "heads", "accepted", "step ms", "tokens/s", "speedup", "", title=f"batch size {batch}")
+    for length in range(found[-1].length + 1):
+        here = [option for option in found if option.length == length]
+        for option in here:
+            mark = "[green]best" if option is fastest else "*" if length and option is best(here) else ""
+            table.add_row(
+                str(length), str(option.serial), str(option.heads), f"{option.accepted:.3f}",
+                f"{option.step_ms:.2f}", f"{option.tokens_per_s:.1f}", f"{option.speedup:.2f}x", mark,
+            )  # fmt: skip
+    console.print(table)
+    console.print("* fastest split of its K; tokens a step are 1 + accepted", highlight=False)
+    console.print(_in_words(found, fastest), highlight=False, soft_wrap=True)
+
+
+def tune(
+    target: Annotated[str, typer.Option(help="Target model: folder or hub name.")],
+    checkpoint: Annotated[str, typer.Option(help="Gumiho checkpoint; 'gumiho' finds the target's.")] = "gumiho",
+    max_batch: Annotated[int, typer.Option(help="Largest batch size; nothing is drafted above it.")] = 16,
+    output: Annotated[Path | None, typer.Option(help="Also write the record, with all times, to this file.")] = None,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager")] = False,
+    tensor_parallel_size: int = 1,
+    gpu_memory_utilization: float | None = None,
+    repeats: Annotated[int, typer.Option(help="Times each cell is measured.")] = 3,
+    seconds: Annotated[float, typer.Option(help="Of decoding, for each cell and repeat.")] = 1.0,
+    tokens: Annotated[int, typer.Option(help="Length of each answer that acceptance is measured on.")] = 64,
+    margin: Annotated[float, typer.Option(help="Gain over not drafting that turns drafting on.")] = MARGIN,
+    max_loss: Annotated[float, typer.Option(help="Loss at any batch size that turns it off altogether.")] = MAX_LOSS,
+    verify: Annotated[bool, typer.Option("--verify", help="Then measure real tokens/s, off, fixed and auto.")] = False,
+    verify_tokens: Annotated[int, typer.Option(help="Length of each answer of --verify.")] = 24,
+    rounds: Annotated[int, typer.Option(help="Rounds of --verify.")] = 2,
+    curve: Annotated[Path | None, typer.Option(help="PNG of --verify.")] = None,
+) -> None:
+    """Measure step times and acceptance on this machine, and store the schedule that "auto" uses.
+
+    Starts real engines in processes of their own, with speculation off and at every K.  The engine arguments are
+    part of what a schedule is stored for: give those you serve with.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    from vllm_gumiho.config import locate
+    from vllm_gumiho.tuning import auto, storage
+    from vllm_gumiho.tuning.measure import Plan
+
+    sizes = {"max_batch": max_batch, "repeats": repeats, "tokens": tokens, "verify_tokens": verify_tokens,
+             "rounds": rounds, "seconds": seconds}  # fmt: skip
+    for name, value in sizes.items():
+        if value <= 0:
+            raise TuningError(f"--{name.replace('_', '-')} {value}: give a number above 0")
+    if curve is not None and not verify:
+        raise TuningError("--curve shows what --verify measures; give both")
+    storage.writable_folder()
+    current_platform.pre_register_and_update()
+    given = {"quantization": quantization, "gpu_memory_utilization": gpu_memory_utilization}
+    engine = EngineArgs(
+        model=target, dtype=dtype, enforce_eager=enforce_eager, tensor_parallel_size=tensor_parallel_size,
+        **{name: value for name, value in given.items() if value is not None},
+    )  # fmt: skip
+    try:
+        model = engine.create_model_config()
+    except (ValueError, OSError) as error:
+        words = " ".join(str(error).partition("[type=")[0].split())
+        reason = words.partition("Value error, ")[2] or words
+        raise TuningError(
+            f"{target}: vLLM cannot use it as a target ({reason}); give a model folder or hub name"
+        ) from error
+    spec = {"method": "gumiho", "model": checkpoint}
+    where, path = locate(spec, model)
+    key = storage.identity(engine, model, path, spec)
+    settings = Plan(max_batch, repeats, seconds, tokens, margin, max_loss)
+    with console.status("starting") as status:
+        record = auto.measured_record(
+            spec, where, path, engine, model, key, settings, lambda line: status.update(f"measuring: {line}")
+        )
+        file = storage.save(record)
+        if verify:
+            record |= {"verified": _verify(engine, model, where, record["most"], settings, verify_tokens, rounds,
+                                           lambda line: status.update(f"verifying: {line}"))}  # fmt: skip
+    _show(record)
+    console.print(f"stored: {file}", highlight=False, soft_wrap=True)
+    if output is not None:
+        from vllm_gumiho.checkpoint import write_json
+
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, record)
+    if curve is not None:
+        from vllm_gumiho.tuning.plot import plot_curve
+
+        plot_curve(record["verified"], f"{Path(target).name}, {key['processor']}, {key['dtype']}", curve)
+
+
+def _verify(
+    engine: Any, model: Any, where: str, most: int, plan: Plan, tokens: int, rounds: int, note: Note
+) -> dict[str, dict[str, list[float]]]:
+    from vllm_gumiho.tuning.measure import engine_settings, mode_for
+    from vllm_gumiho.tuning.verify import measure_curve
+
+    settings = engine_settings(engine, model, plan.max_batch)
+    spec = {"method": "gumiho", "model": where}
+    mode = mode_for(model.model, bool(engine.enforce_eager))
+    return measure_curve(settings, spec, most, plan.batches, tokens, rounds, mode, note)
+
+
+def _show(record: dict[str, Any]) -> None:
+    lengths = list(record["expected"][0]["tokens_per_s"])
+    table = Table("batch", "off tokens/s", *(f"K={k}" for k in lengths), title="expected speed over no speculation")
+    for row in record["expected"]:
+        off = row["off_tokens_per_s"]
+        cells = [f"{speed / off:.2f}x" for speed in row["tokens_per_s"].values()]
+        table.add_row(str(row["batch"]), f"{off:.1f}", *cells)
+    console.print(table)
+    accepted = " ".join(f"{p:.2f}" for p in record["acceptance"])
+    console.print(f"accepted, given that all before were: {accepted}", highlight=False)
+    if record["schedule"] is None:
+        console.print(f"speculation off: {record['reason']}", highlight=False)
+    else:
+        console.print(f"schedule: {in_words(record['schedule'])}; {record['reason']}", highlight=False)
+        console.print_json(data={"num_speculative_tokens_per_batch_size": record["schedule"]}, indent=None)
+    if "verified" in record:
+        verified = record["verified"]
+        table = Table("requests at once", *verified, title="measured tokens/s (and over off)")
+        for size, base in verified["off"].items():
+            speeds = [statistics.median(line[size]) for line in verified.values()]
+            table.add_row(size, *(f"{speed:.1f} ({speed / statistics.median(base):.2f}x)" for speed in speeds))
+        console.print(table)
+
+
+def _accuracies(
+    both: str | None, serial: str | None, heads: str | None, report: Path | None
+) -> tuple[list[float], list[float]]:
+    from vllm_gumiho.tuning import inputs
+
+    if sum((both is not None, report is not None, serial is not None or heads is not None)) != 1:
+        raise TuningError(
+            "accuracies: give one of --acceptance, --from, or --serial-acceptance and --head-acceptance together"
+        )
+    if report is not None:
+        found = inputs.accuracies(report)
+        return found, found
+    if both is not None:
+        found = inputs.numbers(both, "--acceptance")
+        return found, found
+    return (
+        inputs.numbers(serial, "--serial-acceptance") if serial is not None else [],
+        inputs.numbers(heads, "--head-acceptance") if heads is not None else [],
+    )
+
+
+def _in_words(found: Sequence[Option], fastest: Option) -> str:
+    if fastest is found[0]:
+        return f"Do not draft: the best draft gives {max(option.speedup for option in found[1:]):.2f}x."
+    worth = " ".join(f"{value / 100:.3f}" for value in fastest.sensitivity)
+    return (
+        f"Best: K={fastest.length}, {fastest.serial} serial and {fastest.heads} from heads, {fastest.speedup:.2f}x.\n"
+        f"Accepted tokens that 0.01 more accuracy adds, by position: {worth}"
+    )

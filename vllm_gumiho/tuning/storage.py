@@ -1,0 +1,172 @@
+"""Schedules on disk: one JSON file for each target, checkpoint, machine and engine setting, in vLLM's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_gumiho.tuning import StorageError, TuningError
+from vllm_gumiho.tuning.schedule import checked_schedule
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+FORMAT = 1
+VARIABLE = "VLLM_GUMIHO_SCHEDULE"
+logger = logging.getLogger("vllm.vllm_gumiho")
+
+
+def schedules_folder() -> Path:
+    """``gumiho/schedules`` under VLLM_CACHE_ROOT."""
+    root = os.environ.get("VLLM_CACHE_ROOT") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "vllm"
+    )
+    return Path(root).expanduser() / "gumiho" / "schedules"
+
+
+def machine() -> dict[str, Any]:
+    """What the speed of a step depends on: processor names and the number of cores this process may use."""
+    from vllm.platforms import current_platform
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts: dict[str, Any] = {"processor": _processor(), "cores": cores}
+    if not current_platform.is_cpu():
+        facts["device"] = current_platform.get_device_name()
+    return facts
+
+
+def identity(engine: EngineArgs, target: ModelConfig, checkpoint: Path, speculative: dict[str, Any]) -> dict[str, Any]:
+    """Everything a schedule is valid for; equal identities share a file.
+
+    engine: the user's arguments.  checkpoint: local path.  speculative: the user's speculative config.
+    """
+    from vllm_gumiho.hooks import vllm_version
+
+    other = {key: value for key, value in speculative.items() if key not in _CHOSEN and value is not None}
+    return {
+        "target": _stamp(target.model),
+        "checkpoint": _stamp(str(checkpoint)),
+        "vllm": vllm_version(),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "quantization": target.quantization,
+        "kv_cache_dtype": str(engine.kv_cache_dtype),
+        "eager": bool(engine.enforce_eager),
+        "tensor_parallel": engine.tensor_parallel_size,
+        "runner": {"1": "V2", "0": "V1"}.get(os.environ.get("VLLM_USE_V2_MODEL_RUNNER", ""), "default"),
+        "speculative": json.loads(json.dumps(other, default=str)),
+        **machine(),
+    }
+
+
+_CHOSEN = ("method", "model", "num_speculative_tokens", "num_speculative_tokens_per_batch_size", "revision")
+
+
+def path_of(key: dict[str, Any]) -> Path:
+    """File of an identity."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(str(key["target"]["name"])).name)[:60]
+    return schedules_folder() / f"{name}-{digest}.json"
+
+
+def load(key: dict[str, Any]) -> dict[str, Any] | None:
+    """The stored record of an identity, None without one.  An unusable file is named in a warning and ignored."""
+    inherited = os.environ.get(VARIABLE)
+    if inherited:
+        try:
+            record = checked(json.loads(inherited))
+        except (ValueError, RecursionError) as error:
+            logger.warning("Gumiho: %s is not a schedule record (%s); it is not used", VARIABLE, error)
+        else:
+            if record["key"] == key:
+                return record
+    file = path_of(key)
+    try:
+        record = checked(json.loads(file.read_bytes()))
+        if record["key"] != key:
+            raise TuningError("it belongs to another model pair or machine")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        logger.warning("Gumiho: stored schedule %s is not usable (%s); it is not used", file, error)
+        return None
+    return record
+
+
+def save(record: dict[str, Any]) -> Path:
+    """Write a record in one step, so that a reader sees the old file or the new one.
+
+    Raises: StorageError where the folder cannot be written.
+    """
+    file = path_of(checked(record)["key"])
+    folder = writable_folder()
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".", suffix=".json", delete=False) as out:
+            temporary = Path(out.name)
+            json.dump(record, out, indent=1)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise StorageError(f"{file}: cannot be written ({error.strerror or error}); {_REMEDY}") from error
+    return file
+
+
+def writable_folder() -> Path:
+    """The schedules folder, made and tried.  Raises: StorageError naming it where nothing can be written there."""
+    folder = schedules_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0")
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written ({error.strerror or error}); {_REMEDY}") from error
+    return folder
+
+
+_REMEDY = "set VLLM_CACHE_ROOT to a folder that can"
+
+
+def checked(record: Any) -> dict[str, Any]:
+    """A record of the right form.  Raises: TuningError saying what is wrong with it."""
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise TuningError(f"not a schedule record of format {FORMAT}")
+    key, most, single, schedule = (record.get(name) for name in ("key", "most", "single", "schedule"))
+    if not isinstance(key, dict) or not isinstance(key.get("target"), dict) or "name" not in key["target"]:
+        raise TuningError("no key that names a target")
+    if type(most) is not int or most < 1 or type(single) is not int or not 0 <= single <= most:
+        raise TuningError("no K, or one out of range")
+    if schedule is not None:
+        checked_schedule(schedule, most)
+    if not isinstance(record.get("reason"), str):
+        raise TuningError("no reason")
+    return record
+
+
+def _stamp(name: str) -> dict[str, str]:
+    """A model's name and, for one on disk, a digest of its files' names, sizes and times: contents may change."""
+    path = Path(name)
+    if not path.exists():
+        return {"name": name}
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    kept = [file for file in files if file.suffix in (".json", ".safetensors", ".bin", ".gguf") and file.is_file()]
+    facts = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in kept]
+    return {"name": str(path.resolve()), "files": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
