@@ -53,7 +53,7 @@ test-long: models
 lossless: models
 	@test -n "$(PROMPTS)" || { echo "make lossless: no prompts; give PROMPTS=DIR, a folder of *.jsonl of {id, turns}" >&2; exit 2; }
 	$(RUN) $(BIN)/vllm-gumiho eval --target smollm2 --checkpoint gumiho --prompts "$(PROMPTS)" --method gumiho \
-	  --num-speculative-tokens 7 --temperature 0 --dtype float32 --max-tokens 64 --json out/lossless.json
+	  --num-speculative-tokens 7 --temperature 0 --dtype float32 --max-tokens 64 --max-num-seqs 32 --json out/lossless.json
 
 # 1,000 requests, 32 at once, against a real server, then killed processes; docs/reliability.md says what is judged.
 soak: models

@@ -23,7 +23,7 @@ ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 def fake_target(model="org/target", hidden=HIDDEN, vocab=VOCAB, head_dim=32, **text):
     text = {"rope_parameters": ROPE, "rms_norm_eps": 1e-6, "max_position_embeddings": 512} | text
     return SimpleNamespace(
-        model=model, hf_text_config=SimpleNamespace(**text), get_hidden_size=lambda: hidden,
+        model=model, max_model_len=512, hf_text_config=SimpleNamespace(**text), get_hidden_size=lambda: hidden,
         get_vocab_size=lambda: vocab, get_head_size=lambda: head_dim,
     )  # fmt: skip
 

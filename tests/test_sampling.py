@@ -1,91 +1,135 @@
-"""Sampled output keeps the target's distribution, with greedy and with probabilistic drafts."""
+"""Sampled output has the target's exact distribution: a G-test of the first tokens together.  Runner V1.
+
+The first token comes from the prompt, the next ones from drafts: by the two serial steps and the first head.
+"""
 
 from __future__ import annotations
 
+import math
+
+import predictable
 import pytest
-import tiny
 import torch
-from engines import case, run_engines
+from features import generate, pair, run, step
+from torch import Tensor
 
 pytestmark = pytest.mark.engine
-PROMPT = [5, 17, 9, 30]
-DRAWS = 3000
-LENGTH = 3
-# Upper 0.1 % point of chi-square per degree of freedom is below this for 20 or more of them.
-LIMIT = 2.3
+PROMPT = [5, 2, 7, 3]
+VOCAB, DRAWS, LENGTH, JOINT = 8, 5000, 4, 3
+SETTINGS = {
+    "T=1": {"temperature": 1.0},
+    "T=0.7": {"temperature": 0.7},
+    "top-p": {"temperature": 1.0, "top_p": 0.8},
+    "top-k": {"temperature": 1.0, "top_k": 3},
+}
+METHODS = ("greedy", "probabilistic")
+# Standard deviations of a normal variable; a right sampler is above with a chance of 1 in 30,000.
+LIMIT = 4.0
+
+
+def steps(names: tuple[str, ...]) -> dict[str, dict]:
+    common = {"max_tokens": LENGTH, "ignore_eos": True, "n": 100, "detokenize": False}
+    return {name: generate([PROMPT] * (DRAWS // 100), common | SETTINGS[name]) for name in names}
 
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    return tiny.write_target(tmp_path_factory.mktemp("sampled"), vocab_size=32, seed=7)
+    """Each token leaves several likely ones: a draft is right about every other time."""
+    return predictable.write_target(tmp_path_factory.mktemp("sampled") / "target", VOCAB, noise=0.15, sharpness=0.3)
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory, target):
-    checkpoint = tiny.write_released(tmp_path_factory.mktemp("c"), tiny.drafter_tensors(seed=1))
-    calls = [{"prompts": [PROMPT] * DRAWS, "sampling": {"temperature": 1.0, "max_tokens": LENGTH, "ignore_eos": True}}]
-    cases = {
-        method: case(
-            target,
-            {"method": "gumiho", "model": str(checkpoint), "num_speculative_tokens": 3, "draft_sample_method": method},
-            calls, max_num_seqs=64,
-        )
-        for method in ("greedy", "probabilistic")
-    }  # fmt: skip
-    return run_engines(tmp_path_factory.mktemp("draws"), "v1", cases)
+    folder = tmp_path_factory.mktemp("draws")
+    checkpoint = predictable.write_checkpoint(folder / "gumiho", VOCAB)
+    settings = {"max_num_seqs": 250, "seed": 17, "max_num_batched_tokens": 4096}
+    cases = {}
+    for method in METHODS:
+        speculative = {"num_speculative_tokens": 3, "draft_sample_method": method}
+        cases[method] = pair(target, checkpoint, steps(tuple(SETTINGS)), speculative=speculative, **settings)["on"]
+    # Last: what is planted stays in the process.
+    cases["wrong"] = {"llm": cases["greedy"]["llm"], "steps": steps(("T=1",)), "plant": "accepts too often"}
+    return run(folder, cases)
 
 
-def exact_probabilities(target, temperature: float) -> torch.Tensor:
-    """Exact probabilities of each token at each of the sampled positions, ``[LENGTH, V]`` float64."""
+def constrained(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = VOCAB) -> Tensor:
+    """Probabilities ``[N, V]`` that a request samples from, of logits ``[N, V]``, float64."""
+    ascending, order = (logits / temperature).sort(dim=-1)
+    ascending[:, : VOCAB - top_k] = -torch.inf
+    if top_p < 1:
+        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        dropped[:, -1] = False
+        ascending[dropped] = -torch.inf
+    return torch.zeros_like(logits).scatter_(-1, order, ascending.softmax(-1))
+
+
+def exact(target, **setting) -> Tensor:
+    """Probability of every sequence of `LENGTH` tokens after `PROMPT`, ``[V] * LENGTH`` float64."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    vocab = model.config.vocab_size
-    prefixes, weight, rows = torch.tensor([PROMPT]), torch.ones(1, dtype=torch.float64), []
+    prefixes, weight = torch.tensor([PROMPT]), torch.ones(1, dtype=torch.float64)
     with torch.no_grad():
         for _ in range(LENGTH):
-            probs = (model(prefixes).logits[:, -1].double() / temperature).softmax(-1)
-            rows.append(weight @ probs)
+            probs = constrained(model(prefixes).logits[:, -1].double(), **setting)
             weight = (weight[:, None] * probs).flatten()
-            prefixes = torch.cat(
-                (prefixes.repeat_interleave(vocab, 0), torch.arange(vocab).repeat(len(prefixes))[:, None]), dim=1
-            )
-    return torch.stack(rows)
+            following = torch.arange(VOCAB).repeat(len(prefixes))[:, None]
+            prefixes = torch.cat((prefixes.repeat_interleave(VOCAB, 0), following), dim=1)
+    return weight.view([VOCAB] * LENGTH)
 
 
-@pytest.fixture(scope="module")
-def exact(target) -> torch.Tensor:
-    return exact_probabilities(target, 1.0)
+def g_test(counts: Tensor, probs: Tensor) -> float:
+    """How far counts are from those expected of probs, in standard deviations of a normal variable.
 
-
-def chi_square_per_degree(counts: torch.Tensor, probs: torch.Tensor) -> float:
-    """Pearson's statistic over its degrees of freedom, cells with under five expected draws pooled."""
+    G = 2 sum O ln(O / E), cells with under five expected draws pooled; its chi-square tail is made normal by Wilson
+    and Hilferty's cube root.
+    """
+    assert counts[probs == 0].sum() == 0, "tokens that have no probability were drawn"
     expected = probs * counts.sum()
     small = expected < 5
     seen = torch.cat((counts[~small], counts[small].sum()[None]))
     wanted = torch.cat((expected[~small], expected[small].sum()[None]))
-    keep = wanted > 0
-    return float(((seen - wanted)[keep] ** 2 / wanted[keep]).sum() / max(1, int(keep.sum()) - 1))
+    seen, wanted = seen[wanted > 0], wanted[wanted > 0]
+    statistic = 2 * float(torch.special.xlogy(seen, seen / wanted).sum())
+    freedom = len(wanted) - 1
+    assert freedom > 10
+    return ((statistic / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) / math.sqrt(2 / (9 * freedom))
 
 
-def counts_at(tokens: list, position: int, vocab: int) -> torch.Tensor:
-    return torch.bincount(torch.tensor([out[0][position] for out in tokens]), minlength=vocab).double()
+def drawn_tokens(drawn, case: str, name: str) -> Tensor:
+    """``[DRAWS, LENGTH]`` int64."""
+    tokens = torch.tensor([ids for output in step(drawn, case, name)["result"] for ids in output["tokens"]])
+    assert tokens.shape == (DRAWS, LENGTH)
+    return tokens
 
 
-@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
-@pytest.mark.parametrize("position", range(LENGTH))
-def test_sampled_tokens_follow_the_targets_distribution(drawn, exact, method, position):
-    assert "error" not in drawn[method], drawn[method].get("error")
-    assert drawn[method]["drafts"] > 0
-    assert sum(drawn[method]["accepted"]) > 100, "too few accepted drafts to test anything"
-    counts = counts_at(drawn[method]["tokens"][0], position, exact.shape[1])
-    assert chi_square_per_degree(counts, exact[position]) < LIMIT
+def joint(tokens: Tensor, first: int, last: int) -> Tensor:
+    """Counts of the tokens at positions first..last together, flat float64."""
+    cell = torch.zeros(len(tokens), dtype=torch.int64)
+    for position in range(first, last):
+        cell = cell * VOCAB + tokens[:, position]
+    return torch.bincount(cell, minlength=VOCAB ** (last - first)).double()
 
 
-@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
-@pytest.mark.parametrize("position", range(LENGTH))
-def test_the_statistic_catches_a_wrong_sampler(drawn, target, method, position):
-    """What a sampler at T = 0.7 would have to show is not what was drawn."""
-    wrong = exact_probabilities(target, 0.7)
-    counts = counts_at(drawn[method]["tokens"][0], position, wrong.shape[1])
-    assert chi_square_per_degree(counts, wrong[position]) > LIMIT
+@pytest.mark.feature("sampling: temperature, top-p, top-k; greedy and probabilistic drafts", "V1")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_sampled_tokens_have_the_targets_joint_distribution(drawn, target, method, name):
+    counts = step(drawn, method, name)["counts"]
+    assert 0.1 < counts["accepted"] / counts["drafted"] < 0.9
+    probs, tokens = exact(target, **SETTINGS[name]), drawn_tokens(drawn, method, name)
+    assert g_test(joint(tokens, 0, JOINT), probs.sum(-1).flatten()) < LIMIT
+    # The last two positions: the second serial step and the first head.
+    assert g_test(joint(tokens, LENGTH - 2, LENGTH), probs.sum((0, 1)).flatten()) < LIMIT
+
+
+def test_a_planted_wrong_sampler_is_caught(drawn, target):
+    """Drafts accepted with their probability over 0.75."""
+    counts = joint(drawn_tokens(drawn, "wrong", "T=1"), 0, JOINT)
+    assert g_test(counts, exact(target).sum(-1).flatten()) > 2 * LIMIT
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_draws_at_another_temperature_are_caught(drawn, target, method):
+    counts = joint(drawn_tokens(drawn, method, "T=0.7"), 0, JOINT)
+    assert g_test(counts, exact(target).sum(-1).flatten()) > 2 * LIMIT

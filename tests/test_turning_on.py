@@ -78,6 +78,7 @@ def test_a_speculators_checkpoint_served_by_itself_brings_its_target(results, ti
     assert results["verifier"]["model"] == str(tiny_target)
 
 
+@pytest.mark.feature("n-gram and EAGLE speculation, and none", "V1")
 @pytest.mark.parametrize(
     ("method", "drafter"), [("ngram", "NgramProposer"), ("eagle", "EagleProposer"), ("off", "NoneType")]
 )

@@ -20,8 +20,9 @@ def convert_checkpoint(source: Path, destination: Path, target: str | None = Non
     known from neither the source nor a target.
     """
     opened = open_checkpoint(source)
-    if destination.exists() and any(destination.iterdir()):
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise CheckpointError(f"{destination}: exists and is not empty; give a new folder")
+    opened.verify()
     target = target or opened.verifier
     layer = dict(opened.layer_config)
     if target is None and not layer.get("num_attention_heads"):

@@ -1,0 +1,99 @@
+"""The rows of the feature matrix, docs/features.md, which ``python tests/feature_list.py`` writes.
+
+Which test proves a row, and in which model runner, is read from the tests: ``@pytest.mark.feature(name, runner)``.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+PAGE = TESTS.parent / "docs" / "features.md"
+RUNNERS = ("V1", "V2")
+SAME, DISTRIBUTION = "same tokens", "same distribution"
+LIKE_OFF, LIKE_EAGLE, REFUSED = "refused as without Gumiho", "refused as with EAGLE", "refused with the remedy"
+UNTOUCHED = "untouched"
+
+# Name, what holds, and what else there is to know.
+FEATURES: dict[str, tuple[str, str]] = {
+    "greedy requests: continuous batching, every K, K by batch size": (SAME, ""),
+    "sampling: temperature, top-p, top-k; greedy and probabilistic drafts": (
+        DISTRIBUTION,
+        "G-test of the first tokens together, 40,000 draws",
+    ),
+    "chunked prefill": (SAME, "prompts longer than `max_num_batched_tokens`"),
+    "prefix caching": (SAME, "hit, partial hit, after eviction; as with EAGLE, the last matching block is recomputed"),
+    "preemption and recompute": (SAME, ""),
+    "requests joining, finishing and aborted": (SAME, "no KV block is left in use"),
+    "prompts and outputs up to max_model_len": (SAME, ""),
+    "positions beyond the draft's max_position_embeddings": (SAME, "drafts go on"),
+    "stop strings and stop tokens": (SAME, ""),
+    "end of sequence inside a draft": (SAME, ""),
+    "min_tokens": (SAME, ""),
+    "max_tokens reached inside a draft": (SAME, ""),
+    "logprobs": (SAME, "values within 0.001"),
+    "prompt_logprobs": (SAME, "values within 0.001"),
+    "repetition, presence and frequency penalties": (SAME, ""),
+    "bad words": (SAME, ""),
+    "allowed tokens": (SAME, ""),
+    "logit_bias and min_p": (LIKE_EAGLE, "by vLLM, with any speculation"),
+    "custom logits processors": (LIKE_EAGLE, "by vLLM, with any speculation"),
+    "per-request seeds": (
+        "repeatable",
+        "not the draws of speculation off; the CPU build fails with a seeded prompt in chunks, with or without Gumiho",
+    ),
+    "n > 1": (SAME, ""),
+    "structured output: JSON schema, regex, grammar, choice": (SAME, "xgrammar"),
+    "async scheduling": (SAME, "vLLM turns it off on a CPU: the test turns it on"),
+    "tensor parallel": (SAME, "2 workers; draft over both or one; heads whole on each"),
+    "data parallel": (SAME, "2 engines; `LLM` alone refuses it as without Gumiho"),
+    "pipeline parallel": (REFUSED, "the embedding and the LM head are on different workers"),
+    "quantised target (compressed-tensors W8A8 on the CPU)": (SAME, ""),
+    "LoRA adapters on the target": (SAME, "drafts are made without the adapter"),
+    "sleep and wake": (LIKE_OFF, "the CPU build has no sleep mode; untested on a GPU"),
+    "embedding models": (UNTOUCHED, ""),
+    "n-gram and EAGLE speculation, and none": (UNTOUCHED, ""),
+}
+
+HEAD = """# Features
+
+Each row is proven by tests that start real engines, on the CPU build of vLLM 0.32 with tiny models in float32.
+*Same tokens* means token ids, text and reasons of ending equal to speculation off under greedy decoding, while drafts
+were accepted and rejected (by vLLM's own counters). Model runner V2 runs under Triton's interpreter. An empty runner
+means no test there, not a known fault. `python tests/feature_list.py` writes this page from the tests' marks, and
+`tests/test_feature_matrix.py` holds it to them.
+
+| feature | state | V1 | V2 | proven by | note |
+|---|---|---|---|---|---|
+"""
+
+
+def marks() -> dict[str, dict[str, set[str]]]:
+    """Test files by feature and model runner, from the decorators of every test function."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for file in sorted(TESTS.glob("test_*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_"):
+                continue
+            for decorator in node.decorator_list:
+                if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.feature":
+                    name, runner = (ast.literal_eval(argument) for argument in decorator.args)
+                    found.setdefault(name, {}).setdefault(runner, set()).add(file.name)
+    return found
+
+
+def page() -> str:
+    """docs/features.md as it must be."""
+    marked, lines = marks(), []
+    for name, (state, note) in FEATURES.items():
+        proofs = marked.get(name, {})
+        runners = ["yes" if runner in proofs else "" for runner in RUNNERS]
+        files = sorted({file for files in proofs.values() for file in files})
+        links = ", ".join(f"[{file.removeprefix('test_').removesuffix('.py')}](../tests/{file})" for file in files)
+        lines.append(f"| {name} | {state} | {' | '.join(runners)} | {links} | {note} |")
+    return HEAD + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

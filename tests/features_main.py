@@ -1,0 +1,187 @@
+"""Runs feature cases in a process of its own: ``python features_main.py JOB.json RESULT.json``.
+
+A job is ``{"runner": "v1" | "v2", "cases": {name: {"llm": {...}, "steps": [{"do": kind, ...}]}}}``; the kinds are the
+keys of `STEPS`.  A case's result has the engine's facts and one entry a step: what the step returned, or its error,
+and by how much vLLM's own counters grew in it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from engine_main import prepare
+
+COUNTERS = {
+    "vllm:spec_decode_num_drafts": "drafts", "vllm:spec_decode_num_draft_tokens": "drafted",
+    "vllm:spec_decode_num_accepted_tokens": "accepted", "vllm:num_preemptions": "preemptions",
+    "vllm:prefix_cache_hits": "prefix_hits", "vllm:prompt_tokens": "prompt_tokens",
+    "vllm:generation_tokens": "generated",
+}  # fmt: skip
+
+
+def counters(llm: Any) -> dict[str, float]:
+    totals = dict.fromkeys(COUNTERS.values(), 0)
+    for metric in llm.get_metrics():
+        if metric.name in COUNTERS:
+            totals[COUNTERS[metric.name]] += metric.value
+    return totals
+
+
+def sampling_params(fields: dict) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    fields = dict(fields)
+    if "structured_outputs" in fields:
+        fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
+    if "logit_bias" in fields:
+        fields["logit_bias"] = {int(token): value for token, value in fields["logit_bias"].items()}
+    return SamplingParams(**fields)
+
+
+def as_prompts(prompts: list) -> list:
+    return [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in prompts]
+
+
+def plain(output: Any) -> dict:
+    """A request's output as JSON: every completion's tokens, text, reasons and logprobs."""
+
+    def values(entry: dict | None) -> dict | None:
+        return None if entry is None else {str(token): logprob.logprob for token, logprob in entry.items()}
+
+    return {
+        "tokens": [list(o.token_ids) for o in output.outputs],
+        "texts": [o.text for o in output.outputs],
+        "finish": [o.finish_reason for o in output.outputs],
+        "stop": [o.stop_reason for o in output.outputs],
+        "logprobs": [o.logprobs and [values(entry) for entry in o.logprobs] for o in output.outputs],
+        "prompt_logprobs": output.prompt_logprobs and [values(entry) for entry in output.prompt_logprobs],
+    }
+
+
+def generate(llm: Any, step: dict) -> list[dict]:
+    from vllm.lora.request import LoRARequest
+
+    sampling = step["sampling"]
+    parameters = [sampling_params(s) for s in sampling] if isinstance(sampling, list) else sampling_params(sampling)
+    numbers = {folder: 1 + i for i, folder in enumerate(sorted({folder for folder in step.get("lora", []) if folder}))}
+    lora = [folder and LoRARequest(Path(folder).name, numbers[folder], folder) for folder in step.get("lora", [])]
+    outputs = llm.generate(as_prompts(step["prompts"]), parameters, use_tqdm=False, lora_request=lora or None)
+    return [plain(output) for output in outputs]
+
+
+def traffic(llm: Any, step: dict) -> dict:
+    """Engine steps in which request i joins at step ``join[i]`` and is aborted once it has ``abort[i]`` tokens."""
+    engine = llm.llm_engine
+    waiting = dict(enumerate(step["prompts"]))
+    seen: dict[int, dict] = {}
+    aborted: list[int] = []
+    now = 0
+    while waiting or engine.has_unfinished_requests():
+        for i in [i for i in waiting if step["join"][i] <= now]:
+            (prompt,) = as_prompts([waiting.pop(i)])
+            engine.add_request(str(i), prompt, sampling_params(step["sampling"]))
+        for output in engine.step():
+            i = int(output.request_id)
+            seen[i] = plain(output)
+            limit = step["abort"][i]
+            if limit is not None and len(output.outputs[0].token_ids) >= limit and i not in aborted:
+                engine.abort_request([str(i)])
+                aborted.append(i)
+        now += 1
+    unused = engine.engine_core.engine_core.scheduler.kv_cache_manager.usage
+    return {"outputs": [seen[i] for i in range(len(step["prompts"]))], "aborted": aborted, "cache_usage": unused}
+
+
+def embed(llm: Any, step: dict) -> list[list[float]]:
+    return [output.outputs.embedding for output in llm.embed(as_prompts(step["prompts"]), use_tqdm=False)]
+
+
+STEPS = {"generate": generate, "traffic": traffic, "embed": embed}
+
+
+def run_step(llm: Any, step: dict) -> dict:
+    before = counters(llm)
+    try:
+        result: dict = {"result": STEPS[step["do"]](llm, step)}
+    except Exception as error:
+        result = {"error": f"{type(error).__name__}: {error}"}
+        traceback.print_exc()
+    after = counters(llm)
+    return result | {"counts": {name: after[name] - before[name] for name in after}}
+
+
+def keep_async_scheduling() -> None:
+    """Take async_scheduling as it was asked for: vLLM's CPU platform turns it off, though its runner can do it."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config.__func__
+
+    def keep(cls, vllm_config) -> None:
+        asked = vllm_config.scheduler_config.async_scheduling
+        update(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = asked
+
+    CpuPlatform.check_and_update_config = classmethod(keep)
+
+
+def accept_too_often() -> None:
+    """A wrong sampler: drafts pass with their probability over 0.75."""
+    from vllm.v1.sample import rejection_sampler
+
+    right = rejection_sampler.generate_uniform_probs
+    rejection_sampler.generate_uniform_probs = lambda *args, **kwargs: right(*args, **kwargs) * 0.75
+
+
+PLANTS = {"accepts too often": accept_too_often}
+
+
+def run_case(case: dict) -> dict:
+    from vllm import LLM
+
+    if "plant" in case:
+        PLANTS[case["plant"]]()
+    if case["llm"].get("async_scheduling"):
+        keep_async_scheduling()
+    defaults = {
+        "dtype": "float32", "max_model_len": 256, "enforce_eager": True, "max_num_seqs": 8, "disable_log_stats": False,
+    }  # fmt: skip
+    llm = LLM(**(defaults | case["llm"]))
+    config = llm.llm_engine.vllm_config
+    speculative = config.speculative_config
+    facts = {
+        "runner": "v2" if config.use_v2_model_runner else "v1",
+        "async_scheduling": config.scheduler_config.async_scheduling,
+        "batches_in_flight": getattr(llm.llm_engine.engine_core.engine_core, "batch_queue_size", None),
+        "draft": speculative and getattr(speculative.draft_model_config, "architectures", None),
+        "method": speculative and speculative.method,
+        "draft_tensor_parallel_size": speculative and speculative.draft_tensor_parallel_size,
+        "quantization": config.model_config.quantization,
+    }
+    steps = [run_step(llm, step) for step in case["steps"]]
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    return {"facts": facts, "steps": steps}
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    prepare(job["runner"])
+    results = {}
+    for name, case in job["cases"].items():
+        try:
+            results[name] = run_case(case)
+        except Exception as error:
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+            traceback.print_exc()
+    Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

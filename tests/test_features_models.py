@@ -1,0 +1,74 @@
+"""Targets other than a plain model, and what must stay as it is with the plugin loaded.  Runner V1."""
+
+from __future__ import annotations
+
+import predictable
+import pytest
+import torch
+from features import assert_same, generate, greedy, pair, run, step, tokens
+from predictable import encode
+
+pytestmark = pytest.mark.engine
+PROMPTS = ["The quick brown", "12 ", "abc", "{}[]!"]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return predictable.write_target(tmp_path_factory.mktemp("model") / "target")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, target):
+    folder = tmp_path_factory.mktemp("models")
+    checkpoint = predictable.write_checkpoint(folder / "gumiho")
+    adapters = [str(predictable.write_adapter(folder / f"adapter{i}", seed=i)) for i in range(2)]
+    plain = {"plain": generate(PROMPTS, greedy())}
+    adapted = {"adapted": generate(PROMPTS, greedy(), lora=[*adapters, *adapters])}
+    lora = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+    cases = pair(predictable.write_int8(target, folder / "int8"), checkpoint, plain, "int8")
+    cases |= pair(target, checkpoint, plain | adapted, "lora", **lora)
+    cases |= pair(target, checkpoint, {}, "sleep", enable_sleep_mode=True)
+    cases |= pair(target, checkpoint, {"embed": {"do": "embed", "prompts": PROMPTS}}, "pooling", runner="pooling")
+    cases["pipeline"] = pair(target, checkpoint, {}, pipeline_parallel_size=2)["on"]
+    return run(folder, cases)
+
+
+@pytest.mark.feature("quantised target (compressed-tensors W8A8 on the CPU)", "V1")
+def test_a_target_in_eight_bits(results):
+    on = assert_same(results, "plain", "int8 on", "int8 off")
+    assert results["int8 on"]["facts"]["quantization"] == "compressed-tensors"
+    assert tokens(on) != tokens(step(results, "lora off", "plain")), "eight bits changed nothing"
+
+
+@pytest.mark.feature("LoRA adapters on the target", "V1")
+def test_adapters_on_the_target(results):
+    on = assert_same(results, "adapted", "lora on", "lora off")
+    assert_same(results, "plain", "lora on", "lora off")
+    without = tokens(step(results, "lora on", "plain"))
+    assert all(a != b for a, b in zip(tokens(on), without, strict=True))
+
+
+@pytest.mark.feature("sleep and wake", "V1")
+def test_sleep_mode_is_refused_as_without_gumiho(results):
+    assert "Sleep mode is not supported on current platform" in results["sleep on"]["error"]
+    assert results["sleep on"]["error"] == results["sleep off"]["error"]
+
+
+@pytest.mark.feature("pipeline parallel", "V1")
+def test_pipeline_parallel_is_refused_with_the_remedy(results):
+    assert results["pipeline"]["error"].startswith("CheckpointError: ")
+    assert "use pipeline_parallel_size=1 (not 2) and tensor parallelism instead" in results["pipeline"]["error"]
+
+
+@pytest.mark.feature("embedding models", "V1")
+def test_embedding_models_are_untouched(results, target):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).model
+    for case in ("pooling off", "pooling on"):
+        entry = step(results, case, "embed")
+        assert entry["counts"]["drafts"] == 0
+        for prompt, vector in zip(PROMPTS, entry["result"], strict=True):
+            with torch.no_grad():
+                last = model(torch.tensor([encode(prompt)])).last_hidden_state[0, -1]
+            assert torch.allclose(torch.tensor(vector), last / last.norm(), atol=1e-4)
