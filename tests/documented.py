@@ -115,6 +115,12 @@ def _python(words: list[str]) -> None:
         if name == "pip":
             _pip(rest)
             return
+        if name == "torch.distributed.run":
+            _python(rest[rest.index("-m") :])
+            return
+        if name == "vllm_gumiho.cli":
+            _gumiho(rest)
+            return
         assert importlib.util.find_spec(name), f"no such module: {name}"
         run = runpy.run_module
     else:

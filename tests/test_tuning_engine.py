@@ -14,6 +14,7 @@ from engines import case, run_engines
 
 from vllm_gumiho.tuning import TuningError, storage
 from vllm_gumiho.tuning.engine import MeasuringEngine
+from vllm_gumiho.tuning.measure import EACH, ONE, TOGETHER, Plan, measure
 
 pytestmark = pytest.mark.engine
 
@@ -119,6 +120,22 @@ def test_auto_starts_without_speculation_where_it_never_pays(planted):
 @pytest.mark.parametrize("name", ["schedule", "none"])
 def test_auto_keeps_the_text(planted, name):
     assert planted[name]["tokens"] == planted["off"]["tokens"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", [TOGETHER, ONE, EACH])
+def test_every_cell_is_measured_as_often_as_asked(mode, spoken_target, tiny_checkpoint):
+    settings = {
+        "model": str(spoken_target), "dtype": "float32", "enforce_eager": True, "max_model_len": 256,
+        "max_num_seqs": 2, "disable_log_stats": False,
+    }  # fmt: skip
+    plan = Plan(max_batch=2, repeats=2, seconds=0.01, tokens=8)
+    found = measure(settings, {"method": "gumiho", "model": str(tiny_checkpoint)}, 2, plan, mode, lambda line: None)
+    assert set(found["on_ms"]) == {"0", "1", "2"}
+    for row in (found["off_ms"], *found["on_ms"].values()):
+        assert {batch: len(times) for batch, times in row.items()} == {"1": 2, "2": 2}
+    assert found["drafts"] >= found["accepted"][0] >= found["accepted"][1]
+    assert (found["runner"], found["mode"]) == ("V1", mode)
 
 
 @pytest.mark.long

@@ -28,6 +28,8 @@ from soak.load import Report, run_load
 from soak.server import Server, free_port
 from soak.traffic import mix, pool
 
+# Tokens of a KV block in vLLM's CPU build.
+BLOCK = 128
 console = Console()
 
 
@@ -63,6 +65,7 @@ def main(
         left_by_plain = faults.kill_server(plain)
         console.print(f"{len(texts)} texts without speculation")
         report.figures["seconds to start"] = round(server.start(), 1)
+        faults.fill_cache(port, sizes["max_model_len"], kv_blocks * BLOCK)
         calls = mix(seed, requests, requests_known, sizes["max_model_len"])
         run_load(server, calls, concurrency, texts, report, lambda line: console.print(line, highlight=False))
         if with_faults:

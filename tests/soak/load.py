@@ -42,7 +42,8 @@ async def run_calls(
     """Make the calls, ``concurrency`` at once.  every: (n, function called after each n-th finished call)."""
     waiting, outcomes = iter(calls), []
     limits = aiohttp.ClientTimeout(total=REQUEST_LIMIT_S)
-    connector = aiohttp.TCPConnector(limit=0)
+    # The server closes idle connections after 5 s, and may do so just when one is used again: a connection a call.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(f"http://{HOST}:{port}", timeout=limits, connector=connector) as session:
 
         async def work() -> None:

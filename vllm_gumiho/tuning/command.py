@@ -152,7 +152,7 @@ def tune(
         from vllm_gumiho.checkpoint import write_json
 
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, record)
+        write_json(output, _portable(record))
     if curve is not None:
         from vllm_gumiho.tuning.plot import plot_curve
 
@@ -171,12 +171,23 @@ def _verify(
     return measure_curve(settings, spec, most, plan.batches, tokens, rounds, mode, note)
 
 
+def _portable(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with models named by their last part alone: where they lie on this machine is nobody else's matter."""
+    named = {name: {**record["key"][name], "name": Path(record["key"][name]["name"]).name} for name in _MODELS}
+    return {**record, "key": {**record["key"], **named}}
+
+
+_MODELS = ("target", "checkpoint")
+
+
 def _show(record: dict[str, Any]) -> None:
     lengths = list(record["expected"][0]["tokens_per_s"])
-    table = Table("batch", "off tokens/s", *(f"K={k}" for k in lengths), title="expected speed over no speculation")
+    table = Table(
+        "batch", "off", *(f"K={k}" for k in lengths), title="expected tokens/s without speculation, and speed over it"
+    )
     for row in record["expected"]:
         off = row["off_tokens_per_s"]
-        cells = [f"{speed / off:.2f}x" for speed in row["tokens_per_s"].values()]
+        cells = [f"{speed / off:.2f}" for speed in row["tokens_per_s"].values()]
         table.add_row(str(row["batch"]), f"{off:.1f}", *cells)
     console.print(table)
     accepted = " ".join(f"{p:.2f}" for p in record["acceptance"])
