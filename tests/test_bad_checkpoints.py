@@ -54,7 +54,7 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_of_ours_is_found(ours, place, bi
     file.write_bytes(whole)
     open_checkpoint(folder).verify()
     flip(file, int(place * len(whole)), bit)
-    assert str(file) in refusal(folder)
+    assert str(folder) in refusal(folder)
 
 
 def test_a_damaged_checkpoint_is_refused_where_a_user_meets_it_and_its_config_is_not_published(tmp_path, monkeypatch):
