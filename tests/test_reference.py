@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from vllm_gumiho.catalogue import find_checkpoint
 from vllm_gumiho.checkpoint import open_checkpoint
 from vllm_gumiho.training.drafter import DrafterConfig, GumihoDrafter
-from vllm_gumiho.training.objective import draft
+from vllm_gumiho.training.unrolling import draft
 
 pytestmark = pytest.mark.engine
 PROMPT = "List five things to check before renting a flat."
@@ -76,5 +76,5 @@ def test_the_unrolled_training_pass_computes_what_the_engine_drafts(recorded):
                 drafter, reference.embed, ids, features, torch.arange(length)[None],
                 torch.ones(1, length, dtype=torch.long), anchors,
             )  # fmt: skip
-        computed = torch.cat((*(s[anchors] for s in out.serial), out.heads[:, 0]))
+        computed = torch.cat((*out.serial, out.heads[:, 0]))
         torch.testing.assert_close(record["draft_features"], computed, rtol=1e-3, atol=1e-3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -14,9 +15,10 @@ from vllm_gumiho.checkpoint import open_checkpoint
 from vllm_gumiho.training.data import PackedRows, Sample, read_samples
 from vllm_gumiho.training.drafter import GumihoDrafter
 from vllm_gumiho.training.errors import DataError
-from vllm_gumiho.training.objective import Candidates, Objective, draft, losses, valid_anchors
+from vllm_gumiho.training.objective import Candidates, Objective, losses
 from vllm_gumiho.training.recipe import Recipe
 from vllm_gumiho.training.trainer import train
+from vllm_gumiho.training.unrolling import draft, valid_anchors
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +114,58 @@ def test_packed_sequences_do_not_see_each_other(tiny_target):
         anchors = valid_anchors(segments, batch["answer"], 7)
         anchors &= segments == segments.max()
         out = draft(drafter, embed, ids, table[ids], batch["positions"], segments, anchors)
-        return torch.stack([*(s[anchors] for s in out.serial), *out.heads])
+        return torch.stack([*out.serial, *out.heads])
 
     alone, behind = features_of([second], 32), features_of([first, second], 32)
     assert alone.shape[1] > 0
     torch.testing.assert_close(alone, behind, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_with_unequal_anchors_are_drafted_as_each_alone():
+    torch.manual_seed(0)
+    drafter = GumihoDrafter(tiny.drafter_config())
+    drafter.init_weights(1.0, 1.0)
+    embed = torch.randn(tiny.VOCAB, tiny.HIDDEN)
+    ids, features = torch.randint(0, tiny.VOCAB, (3, 16)), torch.randn(3, 16, tiny.HIDDEN)
+    positions, segments = torch.arange(16).expand(3, 16), torch.ones(3, 16, dtype=torch.long)
+    anchors = torch.zeros(3, 16, dtype=torch.bool)
+    anchors[0, [1, 4, 9]] = anchors[2, [0, 2, 3, 8, 13]] = True
+
+    def features_of(rows):
+        picked = (x[rows] for x in (ids, features, positions, segments, anchors))
+        out = draft(drafter, embed, *picked)
+        return torch.stack([*out.serial, *out.heads], dim=1)
+
+    together = features_of(slice(0, 3))
+    alone = torch.cat([features_of(slice(i, i + 1)) for i in range(3)])
+    assert together.shape[0] == 8
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_that_do_not_steer_leave_the_transformer_its_own_gradient(tiny_target, data):
+    from transformers import AutoModelForCausalLM
+
+    from vllm_gumiho.training.model import FrozenTarget
+
+    target = FrozenTarget(AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32))
+    batch = {k: v[None] for k, v in PackedRows(read_samples([data], tiny.VOCAB), 64)[0].items()}
+    features = target.features(batch)
+    torch.manual_seed(0)
+    drafter = GumihoDrafter(tiny.drafter_config())
+    drafter.init_weights(1.0, 1.0)
+
+    def gradients(**changes):
+        objective = replace(Objective.unrolled(5, candidates=0), **changes)
+        drafter.zero_grad()
+        losses(drafter, objective, target.embed, target.lm_head, batch, features, torch.arange(4))[0].backward()
+        return drafter.layers[0].mlp.up_proj.weight.grad.clone(), drafter.mlp[0][0].linear.weight.grad
+
+    serial_alone, no_heads = gradients(train_heads=False)
+    assert no_heads is None
+    apart, heads = gradients(heads_steer=False)
+    torch.testing.assert_close(apart, serial_alone)
+    assert heads.abs().max() > 0
+    assert not torch.allclose(gradients(heads_steer=True)[0], serial_alone)
 
 
 def test_the_drawn_vocabulary_estimates_the_whole_normaliser():

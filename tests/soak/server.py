@@ -41,6 +41,9 @@ class Server:
         begin = time.monotonic()
         environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        # oneDNN keeps the code of 1,024 shapes by default, with any model, and fills that cache for thousands of
+        # requests: nothing could be told from memory before.
+        environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
         with self.log.open("a") as out:
             self.process = psutil.Popen(
                 self.command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True

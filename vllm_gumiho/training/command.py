@@ -66,6 +66,7 @@ def train(
         float, typer.Option(help="Share of anchors that draft on from the drafter's own token when training ends.")
     ] = 0.0,
     early_weighting: Annotated[bool, typer.Option(help="Early positions weigh more (unrolled).")] = True,
+    heads_steer: Annotated[bool, typer.Option(help="Heads' losses train the Transformer too (unrolled).")] = False,
     candidates: Annotated[int, typer.Option(help="Tokens drawn for the cross-entropy; 0 takes all.")] = 4096,
     frequent: Annotated[int, typer.Option(help="Frequent tokens always in the cross-entropy.")] = 2048,
     feature_weight: Annotated[float | None, typer.Option(help="Weight of the feature loss; the recipe's own.")] = None,
@@ -90,8 +91,8 @@ def train(
         target=target_path(target), data=data, output=output, recipe=recipe, steps=steps, rows=rows,
         row_length=row_length, learning_rate=learning_rate, optimizer=optimizer, phase=phase,
         num_serial_steps=num_serial_steps, num_heads=num_heads, init=init, init_from=init_from,
-        draft_vocab=draft_vocab, own_tokens=own_tokens, early_weighting=early_weighting, candidates=candidates,
-        frequent=frequent, feature_weight=feature_weight, feature_cache=feature_cache,
+        draft_vocab=draft_vocab, own_tokens=own_tokens, early_weighting=early_weighting, heads_steer=heads_steer,
+        candidates=candidates, frequent=frequent, feature_weight=feature_weight, feature_cache=feature_cache,
         evaluation_prompts=[str(path) for path in evaluation_prompts or []], save_every=save_every,
         patience=patience, bf16=not float32, seed=seed,
     )  # fmt: skip

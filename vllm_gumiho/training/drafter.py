@@ -71,7 +71,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """x ``[R, T, H]``; mask bool ``[R, 1, T, (len(past) + 1) * T]``.  Appends this step's keys to ``past``."""
+        """x ``[R, T, H]``; mask bool ``[R, 1, T, keys]``, past keys first.  Appends this step's keys to ``past``."""
         rows, length, _ = x.shape
 
         def split(y: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vllm_gumiho.training.drafter import GumihoDrafter
-from vllm_gumiho.training.objective import Objective, hits, losses, serial_mask
+from vllm_gumiho.training.objective import Objective, hits, losses
+from vllm_gumiho.training.unrolling import serial_mask
 
 
 class TrainingModel(nn.Module):
@@ -112,7 +113,7 @@ class FrozenTarget:
 
     def _compute(self, batch: dict[str, Tensor]) -> Tensor:
         mask = torch.zeros(1, device=self.embed.device, dtype=self.embed.dtype).where(
-            serial_mask(batch["segments"], 0), torch.finfo(self.embed.dtype).min
+            serial_mask(batch["segments"]), torch.finfo(self.embed.dtype).min
         )
         return self.model.base_model(
             input_ids=batch["input_ids"], position_ids=batch["positions"], attention_mask=mask, use_cache=False

@@ -1,17 +1,7 @@
-"""What the drafter computes in training, and the losses on it.
-
-For a sequence x with target features h (h[t] predicts x[t+1]) and an anchor t, draft position i = 1..K predicts
-x[t+1+i], whose target distribution is softmax(lm_head(h[t+i])).
-
-``unrolled``: each serial step after the first reads the drafter's own feature of the step before, and attends to
-the first pass's keys up to the anchor and to its own earlier draft positions: what drafting sees.
-``paper``: every serial step is the first pass at its own position, on true target features (teacher forcing).
-``eagle``: EAGLE-1's (arXiv 2401.15077) own training, the first pass alone; drafting is serial all the way.
-"""
+"""What the drafter is trained for: losses on its draft features, and how often it agrees with the data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_gumiho.training.drafter import GumihoDrafter
+from vllm_gumiho.training.unrolling import draft, shift, valid_anchors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +19,7 @@ class Objective:
     chain_floor: an anchor's weight at draft position i is ``floor + (1 - floor) * prod_{j<i} p_j``, with p_j the
     probability the drafter gives to the true token at position j: a draft token only counts when all before it
     were accepted (the derivative of the expected accepted length E = sum_i prod_{j<=i} p_j).  1 switches it off.
+    heads_steer: the heads' losses train the Transformer too; else they read its features as they are.
     train_serial, train_heads: a part that is not trained is not differentiated, or for the heads not even run.
     vocabulary: token ids that may be drafted; None is all of them.
     """
@@ -37,6 +29,7 @@ class Objective:
     ce_weight: float = 1.0
     head_weights: tuple[float, ...] = ()
     chain_floor: float = 1.0
+    heads_steer: bool = True
     train_serial: bool = True
     train_heads: bool = True
     candidates: int = 0
@@ -62,6 +55,7 @@ class Objective:
             ce_weight=1.0,
             head_weights=head_weights,
             chain_floor=0.3,
+            heads_steer=False,
             candidates=candidates,
             frequent=frequent,
         )
@@ -121,86 +115,6 @@ class Candidates:
         return logits if self.log_weight is None else logits + self.log_weight
 
 
-def serial_mask(segments: Tensor, step: int) -> Tensor:
-    """Attention mask of serial step ``step`` (0-based), bool ``[R, 1, T, (step + 1) * T]``.
-
-    Keys: the first pass's, causal inside a segment; then one block a later step, each anchor seeing only its own.
-    """
-    length = segments.shape[1]
-    index = torch.arange(length, device=segments.device)
-    causal = (segments[:, :, None] == segments[:, None, :]) & (index[:, None] >= index[None, :])
-    own = torch.eye(length, dtype=torch.bool, device=segments.device).expand_as(causal)
-    return torch.cat([causal] + [own] * step, dim=-1)[:, None]
-
-
-def shift(x: Tensor, by: int) -> Tensor:
-    """``x[:, t + by]`` at t along the second dimension, zeros past the end."""
-    return x if by == 0 else torch.cat((x[:, by:], torch.zeros_like(x[:, :by])), dim=1)
-
-
-@dataclass
-class Drafts:
-    """Draft features: of serial steps ``[R, T, H]`` each, of heads ``[n, A, H]`` at the A anchors."""
-
-    serial: list[Tensor]
-    heads: Tensor
-    anchors: Tensor  # [R, T] bool: where the heads were run
-
-
-def draft(
-    drafter: GumihoDrafter,
-    embed: Tensor,
-    ids: Tensor,
-    features: Tensor,
-    positions: Tensor,
-    segments: Tensor,
-    anchors: Tensor,
-    recipe: str = "unrolled",
-    with_heads: bool = True,
-    own_token: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Drafts:
-    """All draft positions' features for every anchor of packed rows.
-
-    embed ``[V, H]``; ids, positions, segments ``[R, T]``; features ``[R, T, H]``; anchors bool ``[R, T]``.
-    Position t is fed ``(E[x[t+1]], h[t])``.  Later serial steps and heads are fed the true next tokens (where a
-    draft token is wrong, verification ends the chain there), or what ``own_token(draft features, true tokens)`` says.
-    """
-    steps = drafter.config.num_serial_steps
-    past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in drafter.layers]
-    o = drafter.fuse(F.embedding(shift(ids, 1), embed), features)
-    hidden = drafter.serial(o, positions, serial_mask(segments, 0), past)
-    serial, fused = [hidden], []
-    if recipe == "eagle":
-        return Drafts(serial, hidden.new_empty(0), anchors)
-
-    def next_input(step: int) -> Tensor:
-        tokens = shift(ids, step + 1)
-        tokens = tokens if own_token is None else own_token(serial[-1], tokens)
-        return drafter.fuse(F.embedding(tokens, embed), serial[-1])
-
-    for step in range(1, steps):
-        if recipe == "paper":
-            fused.append(shift(o, step))
-            serial.append(shift(hidden, step))
-            continue
-        fused.append(next_input(step))
-        serial.append(drafter.serial(fused[-1], positions + step, serial_mask(segments, step), past))
-    if not with_heads or not drafter.config.num_heads:
-        return Drafts(serial, hidden.new_empty(0), anchors)
-    fused.append(shift(o, steps) if recipe == "paper" else next_input(steps))
-    m = torch.cat([f[anchors] for f in fused], dim=-1)
-    return Drafts(serial, drafter.heads(m), anchors)
-
-
-def valid_anchors(segments: Tensor, answer: Tensor, position: int) -> Tensor:
-    """Anchors t that draft ``x[t+1+position]`` from answer tokens ``x[t+1:t+1+position]``, all of one answer."""
-    by = position + 1
-    valid = (shift(segments, by) == segments) & (segments > 0)
-    for ahead in range(1, by + 1):
-        valid &= shift(answer, ahead)
-    return valid
-
-
 def losses(
     drafter: GumihoDrafter,
     objective: Objective,
@@ -222,12 +136,12 @@ def losses(
 
     @torch.no_grad()
     def own_token(draft_features: Tensor, true: Tensor) -> Tensor:
-        mine = first & (torch.rand(first.shape, device=first.device) < own_tokens)
+        mine = torch.rand(true.shape, device=true.device) < own_tokens
         return true.masked_scatter(mine, subset.tokens(subset.logits(draft_features[mine], weight).argmax(-1)))
 
     drafts = draft(
         drafter, embed, ids, features, batch["positions"], segments, first, objective.recipe, objective.train_heads,
-        own_token if own_tokens > 0 else None,
+        own_token if own_tokens > 0 else None, objective.heads_steer,
     )  # fmt: skip
     with torch.no_grad():
         # The label distribution of sequence position j serves every draft position that predicts x[j+1].
@@ -245,7 +159,7 @@ def losses(
         head = i - 1 - len(drafts.serial)
         kept = valid[first]
         if head < 0:
-            x, scale = drafts.serial[i - 1][valid], 1.0
+            x, scale = drafts.serial[i - 1][kept], 1.0
         else:
             x, scale = drafts.heads[head][kept], objective.head_weights[head]
         if x.shape[0] == 0:
@@ -288,7 +202,7 @@ def hits(
     for i in range(1, count + 1):
         valid = valid_anchors(segments, answer, i)[first]
         x = (
-            drafts.serial[i - 1][first]
+            drafts.serial[i - 1]
             if i <= drafter.config.num_serial_steps
             else (drafts.heads[i - 1 - drafter.config.num_serial_steps])
         )

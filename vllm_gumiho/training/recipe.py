@@ -30,6 +30,7 @@ class Recipe:
     init: ``random`` small layers that pass the feature through, or ``target``, its own last layers.  init_from: a
     checkpoint to start from.
     early_weighting: weight positions by how much they matter to the accepted length (unrolled only).
+    heads_steer: let the heads' losses train the Transformer too (unrolled only; `paper` always does).
     own_tokens: share of anchors that draft on from the drafter's own token at the end of training, rising from 0.
     draft_vocab: draft only that many of the training answers' most frequent tokens; 0 drafts all.
     feature_cache: folder that keeps the target's features between epochs and runs.
@@ -57,6 +58,7 @@ class Recipe:
     frequent: int = 2048
     feature_weight: float | None = None
     early_weighting: bool = True
+    heads_steer: bool = False
     own_tokens: float = 0.0
     draft_vocab: int = 0
     phase: str = "all"
@@ -92,6 +94,7 @@ class Recipe:
         """Losses of this run.  vocabulary: ids that may be drafted, ascending."""
         if self.recipe == "unrolled":
             objective = Objective.unrolled(self.num_heads, self.candidates, self.frequent)
+            objective = replace(objective, heads_steer=self.heads_steer)
         else:
             objective = Objective.paper(self.num_heads) if self.recipe == "paper" else Objective.eagle()
             objective = replace(objective, candidates=self.candidates, frequent=self.frequent)
