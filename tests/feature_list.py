@@ -46,7 +46,7 @@ FEATURES: dict[str, tuple[str, str]] = {
     "n > 1": (SAME, ""),
     "structured output: JSON schema, regex, grammar, choice": (SAME, "xgrammar"),
     "async scheduling": (SAME, "vLLM turns it off on a CPU: the test turns it on"),
-    "tensor parallel": (SAME, "2 workers; draft over both or one; heads whole on each"),
+    "tensor parallel": (SAME, "2 workers; draft over both or one; heads whole on each, or shared out"),
     "data parallel": (SAME, "2 engines; `LLM` alone refuses it as without Gumiho"),
     "pipeline parallel": (REFUSED, "the embedding and the LM head are on different workers"),
     "quantised target (compressed-tensors W8A8 on the CPU)": (SAME, ""),

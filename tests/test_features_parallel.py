@@ -32,16 +32,30 @@ def off(tmp_path_factory, models):
 
 
 @pytest.mark.feature("tensor parallel", "V1")
-@pytest.mark.parametrize("draft", [{}, pytest.param({"draft_tensor_parallel_size": 1}, marks=pytest.mark.long)])
-def test_tensor_parallel(tmp_path, models, off, draft):
-    """Two workers: the serial layers are split over them, the heads run whole on each."""
-    case = pair(*models, STEPS, tensor_parallel_size=2, speculative=draft)["on"]
+def test_tensor_parallel(tmp_path, models, off):
+    """Two workers: the serial layers are split over them; the heads run whole on each, or are shared out."""
+    case = pair(*models, STEPS, tensor_parallel_size=2)["on"]
+    accepted = {}
+    for split in ("0", "1"):
+        folder = tmp_path / split
+        folder.mkdir()
+        results = off | run(folder, {"on": case}, env=CORES | {"VLLM_GUMIHO_SPLIT_HEADS": split})
+        accepted[split] = [assert_same(results, name)["counts"]["accepted"] for name in STEPS]
+        assert results["on"]["facts"]["draft_tensor_parallel_size"] == 2
+        for rank in (0, 1):
+            assert f"(Worker_TP{rank}" in results["on"]["log"]
+        assert ("heads shared by 2 ranks" in results["on"]["log"]) == (split == "1")
+    assert accepted["0"] == accepted["1"]
+
+
+@pytest.mark.long
+@pytest.mark.feature("tensor parallel", "V1")
+def test_draft_tensor_parallel_size_1(tmp_path, models, off):
+    case = pair(*models, STEPS, tensor_parallel_size=2, speculative={"draft_tensor_parallel_size": 1})["on"]
     results = off | run(tmp_path, {"on": case}, env=CORES)
     for name in STEPS:
         assert_same(results, name)
-    assert results["on"]["facts"]["draft_tensor_parallel_size"] == draft.get("draft_tensor_parallel_size", 2)
-    for rank in (0, 1):
-        assert f"(Worker_TP{rank}" in results["on"]["log"]
+    assert results["on"]["facts"]["draft_tensor_parallel_size"] == 1
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ Annotations are real types here, not strings: vLLM's torch.compile support reads
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, get_draft_quant_
 from vllm_gumiho.checkpoint import D2T
 from vllm_gumiho.draft_vocabulary import DraftHead, target_ids
 from vllm_gumiho.kernel_choice import GreedyArgmax, argmax_refusal, choose_kernels, kernel_switch
-from vllm_gumiho.kernels.parallel_heads import (
-    HEAD_STAGES,
-    HeadsPath,
-    HeadWeights,
-    choose_path,
-    new_counters,
-    parallel_heads,
-)
+from vllm_gumiho.parallel_heads import ParallelHeads
 
 logger = init_logger("vllm.vllm_gumiho")
 
@@ -45,40 +38,6 @@ class TargetOwned(nn.Module):
     def __init__(self, *shape: int):
         super().__init__()
         self.weight = torch.empty(*shape, device="meta")
-
-
-class ParallelHeads(nn.Module):
-    """Weights of all heads, stacked so that one batched product a stage serves them."""
-
-    def __init__(self, num_heads: int, num_serial_steps: int, hidden_size: int, dtype: torch.dtype):
-        super().__init__()
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
-
-        self.first_weight = parameter(num_heads, hidden_size, num_serial_steps * hidden_size)
-        self.first_bias = parameter(num_heads, hidden_size)
-        self.weight = parameter(num_heads, HEAD_STAGES - 1, hidden_size, hidden_size)
-        self.bias = parameter(num_heads, HEAD_STAGES - 1, hidden_size)
-        self.path = HeadsPath.BATCHED
-        self.counters = new_counters(self.bias.device)
-
-    def destination(self, head: int, stage: int, kind: str) -> Tensor:
-        """View that holds the tensor ``mlp.{head}.{stage}.linear.{kind}``."""
-        if stage == 0:
-            return (self.first_weight if kind == "weight" else self.first_bias)[head]
-        return (self.weight if kind == "weight" else self.bias)[head, stage - 1]
-
-    def forward(self, m: Sequence[Tensor], count: int) -> Tensor:
-        """o_1..o_S, each ``[B, H]`` -> ``[count, B, H]``, the first ``count`` heads."""
-        path, _ = choose_path(m[-1], self.weights) if self.path is not HeadsPath.BATCHED else (self.path, "")
-        if path is HeadsPath.FUSED:
-            path = self.path  # or one launch per stage, where the single launch failed its check
-        return parallel_heads(m, self.weights.take(count), path=path, counters=self.counters)
-
-    @property
-    def weights(self) -> HeadWeights:
-        return HeadWeights(self.first_weight, self.first_bias, self.weight, self.bias)
 
 
 @support_torch_compile
@@ -202,7 +161,8 @@ class GumihoForCausalLM(LlamaForCausalLM):
         self.greedy_argmax = tokens if choice.argmax else None
         logger.info(
             "Gumiho drafts with %s: K=%d, model runner %s, %s",
-            self.config.gumiho_checkpoint, num_speculative_tokens, runner, choice.describe(),
+            self.config.gumiho_checkpoint, num_speculative_tokens, runner,
+            choice.describe() + (f", heads shared by {self.heads.ranks} ranks" if self.heads.ranks > 1 else ""),
         )  # fmt: skip
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
@@ -229,7 +189,9 @@ class GumihoForCausalLM(LlamaForCausalLM):
         def serial_part() -> Iterable[tuple[str, Tensor]]:
             for name, tensor in weights:
                 if match := _STAGE.fullmatch(name):
-                    self.heads.destination(int(match[1]), int(match[2]), match[3]).copy_(tensor)
+                    place = self.heads.destination(int(match[1]), int(match[2]), match[3])
+                    if place is not None:
+                        place.copy_(tensor)
                     loaded.add(name)
                 elif name == D2T:
                     self.draft_ids = target_ids(tensor, self.config.vocab_size, self.config.gumiho_checkpoint)

@@ -51,7 +51,7 @@ class Objective:
         head_weights = tuple(0.6 * 0.8**i for i in range(num_heads))
         return Objective(
             recipe="unrolled",
-            feature_weight=0.1,
+            feature_weight=10.0,
             ce_weight=1.0,
             head_weights=head_weights,
             chain_floor=0.3,

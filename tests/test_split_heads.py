@@ -1,0 +1,56 @@
+"""Heads shared out among tensor-parallel ranks give what whole heads give, and are shared where that pays."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_gumiho.parallel_heads import CPU_SPLIT_BYTES, SPLIT_BYTES, SPLIT_VARIABLE, SplitHeadsError, split_heads
+
+MAIN = Path(__file__).with_name("split_heads_main.py")
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_bytes", "ranks", "switch", "split"),
+    [
+        (5, SPLIT_BYTES // 2, 2, None, True), (5, SPLIT_BYTES // 2 - 1, 2, None, False),
+        (5, SPLIT_BYTES // 4, 8, None, True), (1, SPLIT_BYTES, 2, None, False), (5, SPLIT_BYTES, 1, None, False),
+        (5, 1, 2, "1", True), (5, SPLIT_BYTES, 2, "0", False), (5, SPLIT_BYTES, 1, "1", False),
+        (5, SPLIT_BYTES, 2, "auto", True),
+    ],
+)  # fmt: skip
+def test_heads_are_shared_where_it_spares_enough_reading(monkeypatch, heads, head_bytes, ranks, switch, split):
+    monkeypatch.delenv(SPLIT_VARIABLE, raising=False)
+    if switch is not None:
+        monkeypatch.setenv(SPLIT_VARIABLE, switch)
+    assert split_heads(heads, head_bytes, ranks, on_cpu=False) is split
+    assert split_heads(heads, head_bytes * CPU_SPLIT_BYTES // SPLIT_BYTES, ranks, on_cpu=True) is split
+
+
+def test_a_wrong_switch_is_named(monkeypatch):
+    monkeypatch.setenv(SPLIT_VARIABLE, "yes")
+    with pytest.raises(SplitHeadsError, match="VLLM_GUMIHO_SPLIT_HEADS='yes' is not a choice; set it to auto"):
+        split_heads(5, SPLIT_BYTES, 1, on_cpu=True)
+
+
+@pytest.mark.parametrize(("ranks", "shares"), [(2, {5: 3, 1: 1}), (3, {5: 2, 1: 1})])
+def test_shared_heads_equal_whole_ones(ranks, shares):
+    """Real processes and vLLM's own collective; every K; also with fewer heads than ranks."""
+    sizes = ["--hidden", "24", "--heads", "5,1", "--counts", "5,4,3,2,1", "--batches", "1,7"]
+    done = subprocess.run(
+        [sys.executable, str(MAIN), "--ranks", str(ranks), *sizes], capture_output=True, text=True, timeout=500,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = json.loads(done.stdout.splitlines()[-1])
+    assert len(cells) == 12
+    for cell in cells:
+        assert cell["ranks"] == [1, ranks]
+        assert cell["own"] == shares[cell["heads"]]
+        assert cell["largest"] > 1
+        # float32 on both sides; a product of other shape may sum 24 or 48 terms in another order.
+        assert cell["difference"] < 1e-5 * cell["largest"]

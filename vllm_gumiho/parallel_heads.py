@@ -1,0 +1,110 @@
+"""The parallel heads as a module: whole on every tensor-parallel rank, or shared out among the ranks by head."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
+from vllm.platforms import current_platform
+
+from vllm_gumiho.kernels.parallel_heads import (
+    HEAD_STAGES,
+    HeadsPath,
+    HeadWeights,
+    choose_path,
+    new_counters,
+    parallel_heads,
+)
+
+SPLIT_VARIABLE = "VLLM_GUMIHO_SPLIT_HEADS"
+# Weights that a rank must be spared, a draft, for an all-gather of the features to pay.  On the CPU both were measured
+# (docs/kernels.md); on a data-centre GPU reading these takes 20 to 60 us, about what a small all-gather takes there.
+CPU_SPLIT_BYTES, SPLIT_BYTES = 8 << 20, 64 << 20
+
+
+class SplitHeadsError(ValueError):
+    """VLLM_GUMIHO_SPLIT_HEADS has no such value."""
+
+
+def split_heads(num_heads: int, head_bytes: int, ranks: int, on_cpu: bool) -> bool:
+    """Whether ranks share the heads out: ``VLLM_GUMIHO_SPLIT_HEADS`` 1 or 0, else where it spares enough reading.
+
+    Raises: SplitHeadsError for another value of the variable.
+    """
+    value = os.environ.get(SPLIT_VARIABLE, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SplitHeadsError(
+            f"{SPLIT_VARIABLE}={value!r} is not a choice; set it to auto (the default: tensor-parallel ranks share the "
+            "heads where that spares enough reading), 1 (they always do) or 0 (every rank has all heads)"
+        )
+    if ranks == 1 or value == "0":
+        return False
+    spared = (num_heads - -(-num_heads // ranks)) * head_bytes
+    return value == "1" or spared >= (CPU_SPLIT_BYTES if on_cpu else SPLIT_BYTES)
+
+
+class ParallelHeads(nn.Module):
+    """Weights of this rank's heads, stacked so that one batched product a stage serves them.
+
+    Where ranks share the heads out, rank r of R has heads r, r + R, ...: the first heads, all that a small K asks for,
+    then lie on different ranks.
+    """
+
+    def __init__(self, num_heads: int, num_serial_steps: int, hidden_size: int, dtype: torch.dtype):
+        super().__init__()
+        parameters_of_head = hidden_size * ((num_serial_steps + HEAD_STAGES - 1) * hidden_size + HEAD_STAGES)
+        group = get_tp_group()
+        head_bytes = parameters_of_head * dtype.itemsize
+        split = split_heads(num_heads, head_bytes, group.world_size, current_platform.is_cpu())
+        self.ranks: int = group.world_size if split else 1
+        self.rank: int = group.rank_in_group if split else 0
+        own = len(range(self.rank, num_heads, self.ranks))
+
+        def parameter(*shape: int) -> nn.Parameter:
+            # More ranks than heads: one of zeros, that is never asked, keeps every shape whole.
+            make = torch.empty if own else torch.zeros
+            return nn.Parameter(make(max(1, own), *shape, dtype=dtype), requires_grad=False)
+
+        self.first_weight = parameter(hidden_size, num_serial_steps * hidden_size)
+        self.first_bias = parameter(hidden_size)
+        self.weight = parameter(HEAD_STAGES - 1, hidden_size, hidden_size)
+        self.bias = parameter(HEAD_STAGES - 1, hidden_size)
+        self.path = HeadsPath.BATCHED
+        self.counters = new_counters(self.bias.device)
+
+    def destination(self, head: int, stage: int, kind: str) -> Tensor | None:
+        """View that holds the tensor ``mlp.{head}.{stage}.linear.{kind}``; None where another rank has that head."""
+        if head % self.ranks != self.rank:
+            return None
+        own = head // self.ranks
+        if stage == 0:
+            return (self.first_weight if kind == "weight" else self.first_bias)[own]
+        return (self.weight if kind == "weight" else self.bias)[own, stage - 1]
+
+    def forward(self, m: Sequence[Tensor], count: int) -> Tensor:
+        """o_1..o_S, each ``[B, H]`` -> ``[count, B, H]``, the first ``count`` heads; the same on every rank."""
+        if self.ranks == 1:
+            return self._own(m, count)
+        share, own = -(-count // self.ranks), len(range(self.rank, count, self.ranks))
+        features = self._own(m, own) if own == share else self._padded(m, own, share)
+        gathered = tensor_model_parallel_all_gather(features.contiguous(), dim=0)
+        return gathered.unflatten(0, (self.ranks, share)).transpose(0, 1).flatten(0, 1)[:count]
+
+    def _padded(self, m: Sequence[Tensor], own: int, share: int) -> Tensor:
+        features = m[-1].new_zeros(share, *m[-1].shape)
+        if own:
+            features[:own] = self._own(m, own)
+        return features
+
+    def _own(self, m: Sequence[Tensor], count: int) -> Tensor:
+        path, _ = choose_path(m[-1], self.weights) if self.path is not HeadsPath.BATCHED else (self.path, "")
+        if path is HeadsPath.FUSED:
+            path = self.path  # or one launch per stage, where the single launch failed its check
+        return parallel_heads(m, self.weights.take(count), path=path, counters=self.counters)
+
+    @property
+    def weights(self) -> HeadWeights:
+        return HeadWeights(self.first_weight, self.first_bias, self.weight, self.bias)
