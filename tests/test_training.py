@@ -43,7 +43,7 @@ def recipe(target, data, output, **changes) -> Recipe:
     return Recipe(target=str(target), data=[str(data)], output=str(output), **(small | changes))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "muon-serial"])
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, tiny_target, data, optimizer):
     whole = tmp_path / "whole"
     train(recipe(tiny_target, data, whole, recipe="unrolled", optimizer=optimizer))

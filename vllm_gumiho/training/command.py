@@ -53,7 +53,9 @@ def train(
     rows: Annotated[int, typer.Option(help="Packed rows a step and device.")] = 2,
     row_length: Annotated[int, typer.Option(help="Tokens a packed row.")] = 1024,
     learning_rate: float = 5e-4,
-    optimizer: Annotated[str, typer.Option(help="'adamw' (the paper's) or 'muon'.")] = "adamw",
+    optimizer: Annotated[
+        str, typer.Option(help="'adamw' (the paper's), 'muon', or 'muon-serial' (AdamW for the heads).")
+    ] = "adamw",
     phase: Annotated[
         str, typer.Option(help="'all', 'serial' (Transformer alone) or 'heads' (on a frozen one).")
     ] = "all",

@@ -16,14 +16,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
     learning rate serves both (arXiv 2502.16982).
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float):
-        params = [p for p in params if p.requires_grad]
-        matrices, vectors = [p for p in params if p.ndim == 2], [p for p in params if p.ndim != 2]
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, plain: Iterable[nn.Parameter] = ()):
+        """plain: parameters that AdamW takes whatever their shape."""
+        params, apart = [p for p in params if p.requires_grad], {id(p) for p in plain}
+        matrices = [p for p in params if p.ndim == 2 and id(p) not in apart]
+        others = [p for p in params if p.ndim != 2 or id(p) in apart]
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
             self.parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-        if vectors:
-            self.parts.append(torch.optim.AdamW(vectors, lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
+        if others:
+            self.parts.append(torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
         super().__init__(params, {"lr": lr})
         # The schedule changes param_groups in place, so these are the parts' own.
         self.param_groups = [group for part in self.parts for group in part.param_groups]

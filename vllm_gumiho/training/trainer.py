@@ -32,16 +32,18 @@ from vllm_gumiho.training.speed import SpeedMeter, training_flops
 class DrafterTrainer(Trainer):
     """Trainer that also logs the parts of the loss and the speed of training."""
 
-    def __init__(self, *args: Any, use_muon: bool = False, **kwargs: Any):
-        self._use_muon = use_muon
+    def __init__(self, *args: Any, muon: str | None = None, **kwargs: Any):
+        """muon: ``muon`` or ``muon-serial`` of `Recipe`; None leaves the optimizer to Trainer."""
+        self._muon = muon
         super().__init__(*args, **kwargs)
         self._parts: dict[str, list[Tensor]] = {}
         self._meter: SpeedMeter | None = None
         self._flops = 0
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        if self._use_muon and getattr(self, "optimizer", None) is None:
-            self.optimizer = MuonWithAdamW(self.model.parameters(), self.args.learning_rate)
+        if self._muon and getattr(self, "optimizer", None) is None:
+            heads = self.model.drafter.mlp.parameters() if self._muon == "muon-serial" else ()
+            self.optimizer = MuonWithAdamW(self.model.parameters(), self.args.learning_rate, heads)
             return self.optimizer
         return super().create_optimizer(*args, **kwargs)
 
@@ -149,7 +151,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     if recipe.patience:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.patience))
     trainer = DrafterTrainer(
-        use_muon=recipe.optimizer == "muon",
+        muon=recipe.optimizer if recipe.optimizer.startswith("muon") else None,
         model=training_model,
         args=_arguments(recipe),
         train_dataset=train_rows,
