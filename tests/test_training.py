@@ -168,6 +168,29 @@ def test_heads_that_do_not_steer_leave_the_transformer_its_own_gradient(tiny_tar
     assert not torch.allclose(gradients(heads_steer=True)[0], serial_alone)
 
 
+def test_early_positions_weigh_more_unless_told_otherwise(tiny_target, data, tmp_path):
+    early = recipe(tiny_target, data, tmp_path, recipe="unrolled").objective()
+    flat = recipe(tiny_target, data, tmp_path, recipe="unrolled", early_weighting=False).objective()
+    assert early.serial_decay < 1 > early.chain_floor
+    assert list(early.head_weights) == sorted(early.head_weights, reverse=True)
+    assert (flat.serial_decay, flat.chain_floor, len(set(flat.head_weights))) == (1.0, 1.0, 1)
+    assert sum(flat.head_weights) == pytest.approx(sum(early.head_weights))
+
+    torch.manual_seed(0)
+    drafter = GumihoDrafter(tiny.drafter_config())
+    drafter.init_weights(1.0, 1.0)
+    table = torch.randn(tiny.VOCAB, tiny.HIDDEN)
+    batch = {k: v[None] for k, v in PackedRows(read_samples([data], tiny.VOCAB), 64)[0].items()}
+    for objective in (early, flat):
+        total, parts = losses(drafter, objective, table, table, batch, table[batch["input_ids"]], torch.arange(4))
+        weights = [1.0, objective.serial_decay, *objective.head_weights]
+        wanted = sum(
+            weight * (objective.ce_weight * parts[f"ce_{i}"] + objective.feature_weight * parts[f"feature_{i}"])
+            for i, weight in enumerate(weights, 1)
+        )
+        torch.testing.assert_close(total, wanted)
+
+
 def test_the_drawn_vocabulary_estimates_the_whole_normaliser():
     torch.manual_seed(0)
     lm_head, features = torch.randn(500, 16) * 0.3, torch.randn(8, 16)

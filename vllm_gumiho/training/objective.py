@@ -19,6 +19,7 @@ class Objective:
     chain_floor: an anchor's weight at draft position i is ``floor + (1 - floor) * prod_{j<i} p_j``, with p_j the
     probability the drafter gives to the true token at position j: a draft token only counts when all before it
     were accepted (the derivative of the expected accepted length E = sum_i prod_{j<=i} p_j).  1 switches it off.
+    serial_decay: serial step i (from 0) is weighted serial_decay^i, about the share of anchors that reach it.
     heads_steer: the heads' losses train the Transformer too; else they read its features as they are.
     train_serial, train_heads: a part that is not trained is not differentiated, or for the heads not even run.
     vocabulary: token ids that may be drafted; None is all of them.
@@ -29,6 +30,7 @@ class Objective:
     ce_weight: float = 1.0
     head_weights: tuple[float, ...] = ()
     chain_floor: float = 1.0
+    serial_decay: float = 1.0
     heads_steer: bool = True
     train_serial: bool = True
     train_heads: bool = True
@@ -55,6 +57,7 @@ class Objective:
             ce_weight=1.0,
             head_weights=head_weights,
             chain_floor=0.3,
+            serial_decay=0.3,
             heads_steer=False,
             candidates=candidates,
             frequent=frequent,
@@ -159,7 +162,7 @@ def losses(
         head = i - 1 - len(drafts.serial)
         kept = valid[first]
         if head < 0:
-            x, scale = drafts.serial[i - 1][kept], 1.0
+            x, scale = drafts.serial[i - 1][kept], objective.serial_decay ** (i - 1)
         else:
             x, scale = drafts.heads[head][kept], objective.head_weights[head]
         if x.shape[0] == 0:

@@ -102,7 +102,7 @@ class Recipe:
             objective = replace(objective, candidates=self.candidates, frequent=self.frequent)
         if not self.early_weighting:
             mean = sum(objective.head_weights) / max(1, self.num_heads)
-            objective = replace(objective, chain_floor=1.0, head_weights=(mean,) * self.num_heads)
+            objective = replace(objective, chain_floor=1.0, serial_decay=1.0, head_weights=(mean,) * self.num_heads)
         if self.feature_weight is not None:
             objective = replace(objective, feature_weight=self.feature_weight)
         return replace(
