@@ -19,8 +19,9 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from vllm_gumiho.kernel_choice import GreedyArgmax, _lowest_of_all_ranks
+from vllm_gumiho.kernel_choice import GreedyArgmax
 from vllm_gumiho.kernels.lm_head_argmax import launches
+from vllm_gumiho.ranks import lowest_of_all_ranks
 
 HIDDEN = 48
 # vLLM pads to 64: shards of 64 + 64, of 64 and 36 with padding, of 20 and nothing.
@@ -55,7 +56,7 @@ def main() -> None:
         init_distributed_environment(2, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
         initialize_model_parallel(2)
         result: dict = {str(vocab): run(vocab, rank) for vocab in VOCABULARIES}
-        result["lowest"] = _lowest_of_all_ranks([rank, 2 - rank])
+        result["lowest"] = lowest_of_all_ranks([rank, 2 - rank])
     out.write_text(json.dumps(result))
 
 

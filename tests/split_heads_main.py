@@ -39,7 +39,11 @@ def main() -> None:
         subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True)
         for rank in range(args.ranks)
     ]
-    answers = [process.communicate(timeout=500)[0] for process in ranks]
+    try:
+        answers = [process.communicate(timeout=400)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
     if any(process.returncode for process in ranks):
         raise SystemExit(f"ranks ended with {[process.returncode for process in ranks]}")
     found = [json.loads(answer.splitlines()[-1]) for answer in answers]
@@ -54,6 +58,7 @@ def one_rank(args: argparse.Namespace) -> list[dict]:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
+    torch.set_num_threads(1)
     from vllm_gumiho.parallel_heads import SPLIT_VARIABLE, ParallelHeads
 
     def heads(switch: str, count: int) -> ParallelHeads:

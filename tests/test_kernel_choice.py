@@ -49,7 +49,7 @@ def lm_head() -> ParallelLMHead:
 @pytest.fixture
 def no_group(monkeypatch):
     """One rank, without vLLM's process groups."""
-    monkeypatch.setattr(kernel_choice, "_lowest_of_all_ranks", lambda values: values)
+    monkeypatch.setattr(kernel_choice, "lowest_of_all_ranks", lambda values: values)
 
 
 @pytest.mark.parametrize(("value", "switch"), [(None, Switch.AUTO), ("auto", "auto"), ("1", "1"), ("0", "0")])
@@ -166,7 +166,7 @@ def test_a_path_that_fails_its_check_is_left(monkeypatch, no_group, weights, beh
     monkeypatch.setattr(kernel_choice, "refusal", lambda *a: None)
     monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
     counters, before = new_counters(CPU), launches.copy()
-    choice = choose_kernels(weights, counters, None, "the LM head has a bias", True, 8)
+    choice = choose_kernels(weights, counters, None, "the LM head has a bias", True, 8, 3)
     assert choice.heads is path
     assert all(reason in choice.heads_reason for reason in reasons)
     assert not choice.argmax
@@ -180,18 +180,18 @@ def test_forced_kernels_that_fail_end_the_start(monkeypatch, no_group, weights, 
     monkeypatch.setenv(KERNELS_VARIABLE, "1")
     pretend(monkeypatch, FUSED=fails, STAGES=wrong)
     with pytest.raises(KernelChoiceError, match=r"no kernel image.*off by.*unset it"):
-        choose_kernels(weights, new_counters(CPU), None, "the LM head has a bias", True, 8)
+        choose_kernels(weights, new_counters(CPU), None, "the LM head has a bias", True, 8, 3)
     pretend(monkeypatch)
     monkeypatch.setattr(GreedyArgmax, "problem", lambda *a: "off by 3")
     with pytest.raises(KernelChoiceError, match="off by 3; unset it"):
-        choose_kernels(weights, new_counters(CPU), GreedyArgmax(lm_head, 100), None, True, 8)
+        choose_kernels(weights, new_counters(CPU), GreedyArgmax(lm_head, 100), None, True, 8, 3)
 
 
 def test_nothing_is_launched_where_the_kernels_are_off(monkeypatch, no_group, weights, lm_head):
     pretend(monkeypatch, FUSED=fails, STAGES=fails)
     for value, reason in (("0", "VLLM_GUMIHO_KERNELS=0"), ("auto", "no GPU")):
         monkeypatch.setenv(KERNELS_VARIABLE, value)
-        choice = choose_kernels(weights, new_counters(CPU), GreedyArgmax(lm_head, 100), None, True, 8)
+        choice = choose_kernels(weights, new_counters(CPU), GreedyArgmax(lm_head, 100), None, True, 8, 3)
         assert (choice.heads, choice.argmax) == (HeadsPath.BATCHED, False)
         assert reason in choice.heads_reason
         assert reason in choice.argmax_reason

@@ -6,9 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from vllm_gumiho import parallel_heads
 from vllm_gumiho.parallel_heads import CPU_SPLIT_BYTES, SPLIT_BYTES, SPLIT_VARIABLE, SplitHeadsError, split_heads
 
 MAIN = Path(__file__).with_name("split_heads_main.py")
@@ -29,6 +32,23 @@ def test_heads_are_shared_where_it_spares_enough_reading(monkeypatch, heads, hea
         monkeypatch.setenv(SPLIT_VARIABLE, switch)
     assert split_heads(heads, head_bytes, ranks, on_cpu=False) is split
     assert split_heads(heads, head_bytes * CPU_SPLIT_BYTES // SPLIT_BYTES, ranks, on_cpu=True) is split
+
+
+def test_sharing_counts_the_heads_that_k_asks_for(monkeypatch):
+    monkeypatch.setattr(parallel_heads, "lowest_of_all_ranks", lambda values: values)
+    group = SimpleNamespace(world_size=2, rank_in_group=1)
+    monkeypatch.setattr(parallel_heads, "get_tp_group", lambda: group)
+    monkeypatch.setattr(parallel_heads, "CPU_SPLIT_BYTES", 2 * 4 * 8 * (7 * 8 + 6))  # two float32 heads of H = 8
+    shares = {k: parallel_heads.ParallelHeads(5, 2, 8, torch.float32, asked_for=k - 2) for k in (1, 3, 5, 6, 7)}
+    assert {k: heads.ranks for k, heads in shares.items()} == {1: 1, 3: 1, 5: 1, 6: 2, 7: 2}
+    assert {k: heads.bias.shape[0] for k, heads in shares.items()} == {1: 5, 3: 5, 5: 5, 6: 2, 7: 2}
+
+
+def test_ranks_that_disagree_all_keep_whole_heads(monkeypatch):
+    monkeypatch.setenv(SPLIT_VARIABLE, "1")
+    monkeypatch.setattr(parallel_heads, "get_tp_group", lambda: SimpleNamespace(world_size=2, rank_in_group=0))
+    monkeypatch.setattr(parallel_heads, "lowest_of_all_ranks", lambda values: [0 for _ in values])
+    assert parallel_heads.ParallelHeads(5, 2, 8, torch.float32).ranks == 1
 
 
 def test_a_wrong_switch_is_named(monkeypatch):

@@ -16,6 +16,7 @@ from vllm_gumiho.training.data import PackedRows, Sample, read_samples
 from vllm_gumiho.training.drafter import GumihoDrafter
 from vllm_gumiho.training.errors import DataError
 from vllm_gumiho.training.objective import Candidates, Objective, losses
+from vllm_gumiho.training.optimizer import MuonWithAdamW
 from vllm_gumiho.training.recipe import Recipe
 from vllm_gumiho.training.trainer import train
 from vllm_gumiho.training.unrolling import draft, valid_anchors
@@ -55,6 +56,38 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, tiny_target, data, o
     half = dict(open_checkpoint(whole / "checkpoint-2" / "drafter").tensors())
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     assert any(not torch.equal(expected[name], half[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("plain", "in_muon"), [((), ("fc", "layers", "mlp")), (("mlp",), ("fc", "layers"))])
+def test_muon_takes_the_matrices_it_is_given(plain, in_muon):
+    drafter = GumihoDrafter(tiny.drafter_config())
+    apart = [p for name in plain for p in getattr(drafter, name).parameters()]
+    muon, adamw = MuonWithAdamW(drafter.parameters(), 1e-3, apart).parts
+    ids = [{id(p) for group in part.param_groups for p in group["params"]} for part in (muon, adamw)]
+    for name, p in drafter.named_parameters():
+        assert (id(p) in ids[0]) == (p.ndim == 2 and name.partition(".")[0] in in_muon), name
+        assert (id(p) in ids[0]) != (id(p) in ids[1]), name
+
+
+@pytest.mark.parametrize(("phase", "learns"), [("serial", ("fc", "layers")), ("heads", ("mlp",))])
+def test_a_phase_trains_its_part_alone(tmp_path, tiny_target, data, phase, learns):
+    settings = recipe(tiny_target, data, tmp_path, phase=phase, steps=2, save_every=1, optimizer="muon-serial")
+    train(settings)
+    first, last = (dict(open_checkpoint(tmp_path / f"checkpoint-{n}" / "drafter").tensors()) for n in (1, 2))
+    for name in last:
+        assert (not torch.equal(first[name], last[name])) == (name.partition(".")[0] in learns), name
+
+
+def test_short_answers_give_every_parameter_a_gradient(tiny_target):
+    """Else a process of a distributed run would wait for gradients that another never has."""
+    table = torch.randn(tiny.VOCAB, tiny.HIDDEN)
+    drafter = GumihoDrafter(tiny.drafter_config())
+    drafter.init_weights(1.0, 1.0)
+    row = PackedRows([sample("a", [3, 4, 5], [7, 8])], 16)[0]
+    batch = {k: v[None] for k, v in row.items()}
+    features = table[batch["input_ids"]]
+    losses(drafter, Objective.unrolled(5, 0), table, table, batch, features, torch.arange(4))[0].backward()
+    assert [name for name, p in drafter.named_parameters() if p.grad is None] == []
 
 
 @pytest.mark.parametrize("name", ["paper", "unrolled"])

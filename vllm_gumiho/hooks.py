@@ -99,7 +99,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook("vllm.model_executor.layers.vocab_parallel_embedding", "UnquantizedEmbeddingMethod.apply", "called",
          "checks the argmax kernel", ("layer", "x", "bias")),
     Hook("vllm.distributed.communication_op", "tensor_model_parallel_all_gather", "called",
-         "best tokens of all shards of an LM head; features of heads that ranks share", ("input_", "dim")),
+         "best tokens of all shards of an LM head; features of shared heads", ("input_", "dim")),
     Hook("vllm.distributed.parallel_state", "get_tp_group", "called", "the ranks that share heads and kernel choice"),
     Hook("vllm.model_executor.model_loader.base_loader", "BaseModelLoader.load_weights", "inherited",
          "strict reading of checkpoints", ("model", "model_config")),

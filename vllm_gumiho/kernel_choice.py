@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
@@ -30,6 +30,7 @@ from vllm_gumiho.kernels.parallel_heads import (
 )
 from vllm_gumiho.kernels.parallel_heads import launches as heads_launches
 from vllm_gumiho.kernels.parallel_heads.tiling import MAX_BATCH
+from vllm_gumiho.ranks import lowest_of_all_ranks
 
 KERNELS_VARIABLE = "VLLM_GUMIHO_KERNELS"
 # From the safest to the one that asks most of the device.
@@ -178,12 +179,14 @@ def heads_problem(weights: HeadWeights, path: HeadsPath, batches: list[int], cou
 
 def choose_kernels(
     weights: HeadWeights, counters: Tensor, tokens: GreedyArgmax | None, tokens_refused: str | None, greedy: bool,
-    max_batch: int,
+    max_batch: int, num_heads: int,
 ) -> Choice:  # fmt: skip
     """Decide once, when the model is loaded: every kernel asked for is checked, and left out where it fails.
 
-    tokens: the argmax kernel on this LM head, None where ``tokens_refused`` says why it does not apply.  All ranks of a
-    tensor-parallel group come to the same choice.  Raises KernelChoiceError where a kernel that is forced fails.
+    weights: of this rank's heads, out of ``num_heads`` in all.  tokens: the argmax kernel on this LM head, None where
+    ``tokens_refused`` says why it does not apply.  All ranks of a tensor-parallel group come to the same choice.
+
+    Raises: KernelChoiceError where a kernel that is forced fails.
     """
     switch, dtype = kernel_switch(), weights.first_weight.dtype
     refused = refusal(switch, weights.weight.device, greedy)
@@ -192,14 +195,14 @@ def choose_kernels(
         problem = refused or tokens_refused
         if problem is None:
             assert tokens is not None
-            row_counts = sorted({1, min(max_batch, MAX_BATCH), min(max_batch, MAX_BATCH) * weights.bias.shape[0]})
+            row_counts = sorted({1, min(max_batch, MAX_BATCH), min(max_batch, MAX_BATCH) * num_heads})
             problem = tokens.problem(row_counts, dtype)
             problem = problem and f"the kernel failed its check: {problem}"
             if problem and switch is Switch.ON:
                 raise KernelChoiceError(f"{KERNELS_VARIABLE}=1, but argmax: {problem}; unset it")
     if switch is Switch.ON and failed:
         raise KernelChoiceError(f"{KERNELS_VARIABLE}=1, but {reason}; unset it")
-    agreed = _lowest_of_all_ranks([_PATHS.index(path), int(problem is None)])
+    agreed = lowest_of_all_ranks([_PATHS.index(path), int(problem is None)])
     if _PATHS[agreed[0]] is not path:
         path, reason = _PATHS[agreed[0]], "its check failed on another rank"
     if problem is None and not agreed[1]:
@@ -257,12 +260,3 @@ def _uncounted() -> Iterator[None]:
         for counter, kept in zip(counters, before, strict=True):
             counter.clear()
             counter.update(kept)
-
-
-def _lowest_of_all_ranks(values: list[int]) -> list[int]:
-    group = get_tp_group()
-    if group.world_size == 1:
-        return values
-    lowest = torch.tensor(values)
-    torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
-    return lowest.tolist()

@@ -102,8 +102,9 @@ class GumihoForCausalLM(LlamaForCausalLM):
             start_layer_id=vllm_config.model_config.get_num_layers(vllm_config.parallel_config),
         )
         self.heads = ParallelHeads(
-            config.num_parallel_heads, config.num_serial_steps, config.hidden_size, vllm_config.model_config.dtype
-        )
+            config.num_parallel_heads, config.num_serial_steps, config.hidden_size, vllm_config.model_config.dtype,
+            asked_for=vllm_config.speculative_config.num_speculative_tokens - config.num_serial_steps,
+        )  # fmt: skip
         self.lm_head = TargetOwned(config.vocab_size, config.hidden_size)
         self.logits_processor = LogitsProcessor(config.vocab_size, scale=getattr(config, "logit_scale", 1.0))
         kernel_switch()  # a wrong value ends the start here
@@ -142,8 +143,8 @@ class GumihoForCausalLM(LlamaForCausalLM):
     def head_features(self, fused: list[Tensor], count: int) -> Tensor:
         """Features of the first ``count`` heads, request-major ``[B * count, H]``.
 
-        fused: the S vectors o_1..o_S, each ``[B, H]``.  The kernels read them where they lie, and write the features
-        in this order; the batched products copy both.
+        fused: the S vectors o_1..o_S, each ``[B, H]``.  The kernels read them where they lie and, where the
+        heads are whole, write the features in this order; the batched products copy both.
         """
         return self.heads(fused, count).transpose(0, 1).flatten(0, 1)
 
@@ -155,8 +156,9 @@ class GumihoForCausalLM(LlamaForCausalLM):
         refused = argmax_refusal(head, scale, dtype)
         tokens = None if refused else GreedyArgmax(head, self.config.vocab_size)
         choice = choose_kernels(
-            self.heads.weights, self.heads.counters, tokens, refused, self.greedy_drafts, self.max_batch
-        )
+            self.heads.weights, self.heads.counters, tokens, refused, self.greedy_drafts, self.max_batch,
+            self.config.num_parallel_heads,
+        )  # fmt: skip
         self.heads.path = choice.heads
         self.greedy_argmax = tokens if choice.argmax else None
         logger.info(

@@ -18,11 +18,13 @@ from vllm_gumiho.kernels.parallel_heads import (
     new_counters,
     parallel_heads,
 )
+from vllm_gumiho.ranks import lowest_of_all_ranks
 
 SPLIT_VARIABLE = "VLLM_GUMIHO_SPLIT_HEADS"
-# Weights that a rank must be spared, a draft, for an all-gather of the features to pay.  On the CPU both were measured
-# (docs/kernels.md); on a data-centre GPU reading these takes 20 to 60 us, about what a small all-gather takes there.
-CPU_SPLIT_BYTES, SPLIT_BYTES = 8 << 20, 64 << 20
+# Weights that a rank must be spared, a draft, for an all-gather of the features to pay.  On the CPU: less than half of
+# the smallest case that was measured to pay (docs/kernels.md).  On a data-centre GPU: reading these takes 28 us at
+# 4.8 TB/s and more on slower ones, about what a small all-gather takes; arithmetic, not measured.
+CPU_SPLIT_BYTES, SPLIT_BYTES = 8 << 20, 128 << 20
 
 
 class SplitHeadsError(ValueError):
@@ -32,6 +34,7 @@ class SplitHeadsError(ValueError):
 def split_heads(num_heads: int, head_bytes: int, ranks: int, on_cpu: bool) -> bool:
     """Whether ranks share the heads out: ``VLLM_GUMIHO_SPLIT_HEADS`` 1 or 0, else where it spares enough reading.
 
+    num_heads: those that the largest K asks for.
     Raises: SplitHeadsError for another value of the variable.
     """
     value = os.environ.get(SPLIT_VARIABLE, "auto")
@@ -53,12 +56,17 @@ class ParallelHeads(nn.Module):
     then lie on different ranks.
     """
 
-    def __init__(self, num_heads: int, num_serial_steps: int, hidden_size: int, dtype: torch.dtype):
+    def __init__(
+        self, num_heads: int, num_serial_steps: int, hidden_size: int, dtype: torch.dtype, asked_for: int | None = None
+    ):
+        """asked_for: how many of the heads the largest K asks for; None is all of them."""
         super().__init__()
         parameters_of_head = hidden_size * ((num_serial_steps + HEAD_STAGES - 1) * hidden_size + HEAD_STAGES)
         group = get_tp_group()
         head_bytes = parameters_of_head * dtype.itemsize
-        split = split_heads(num_heads, head_bytes, group.world_size, current_platform.is_cpu())
+        used = num_heads if asked_for is None else max(0, min(num_heads, asked_for))
+        split = split_heads(used, head_bytes, group.world_size, current_platform.is_cpu())
+        split = bool(lowest_of_all_ranks([int(split)])[0])
         self.ranks: int = group.world_size if split else 1
         self.rank: int = group.rank_in_group if split else 0
         own = len(range(self.rank, num_heads, self.ranks))

@@ -57,7 +57,7 @@ class Shape:
 
 SHAPES = {
     "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128, 128256),
-    # One of eight tensor-parallel shards of Llama-3-70B on its own: no collectives.  fc and heads are replicated.
+    # One of eight tensor-parallel shards of Llama-3-70B on its own: no collectives.  fc and heads are whole.
     "llama-3-70b-shard": Shape(8192, 3584, 80, 8, 1, 128, 16032),
     "tiny": Shape(64, 96, 2, 4, 2, 32, 160),
 }

@@ -19,7 +19,8 @@ class Objective:
     chain_floor: an anchor's weight at draft position i is ``floor + (1 - floor) * prod_{j<i} p_j``, with p_j the
     probability the drafter gives to the true token at position j: a draft token only counts when all before it
     were accepted (the derivative of the expected accepted length E = sum_i prod_{j<=i} p_j).  1 switches it off.
-    serial_decay: serial step i (from 0) is weighted serial_decay^i, about the share of anchors that reach it.
+    serial_decay: serial step i (from 0) is weighted serial_decay^i, about the share of anchors that reach it.  The
+    heads' weights are a scale of their own, which tells among heads as long as they do not steer.
     heads_steer: the heads' losses train the Transformer too; else they read its features as they are.
     train_serial, train_heads: a part that is not trained is not differentiated, or for the heads not even run.
     vocabulary: token ids that may be drafted; None is all of them.
@@ -166,6 +167,8 @@ def losses(
         else:
             x, scale = drafts.heads[head][kept], objective.head_weights[head]
         if x.shape[0] == 0:
+            # Zero, but of the graph: every process of a distributed run must have a gradient for the same parameters.
+            total = total + 0.0 * x.sum()
             continue
         log_probs = subset.logits(x, weight).log_softmax(-1)
         anchor_weight = objective.chain_floor + (1 - objective.chain_floor) * chain[kept]

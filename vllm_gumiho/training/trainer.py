@@ -146,6 +146,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     if recipe.phase == "heads":
         drafter.fc.requires_grad_(False)
         drafter.layers.requires_grad_(False)
+    if recipe.phase == "serial":
+        drafter.mlp.requires_grad_(False)
     training_model = TrainingModel(drafter, recipe.objective(vocabulary), target, frequent, recipe.own_tokens)
     callbacks: list[TrainerCallback] = [ExportCallback(recipe, training_model)]
     if recipe.patience:
