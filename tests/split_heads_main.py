@@ -58,8 +58,9 @@ def one_rank(args: argparse.Namespace) -> list[dict]:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
-    torch.set_num_threads(1)
     from vllm_gumiho.parallel_heads import SPLIT_VARIABLE, ParallelHeads
+
+    torch.set_num_threads(1)
 
     def heads(switch: str, count: int) -> ParallelHeads:
         os.environ[SPLIT_VARIABLE] = switch

@@ -187,6 +187,17 @@ def test_forced_kernels_that_fail_end_the_start(monkeypatch, no_group, weights, 
         choose_kernels(weights, new_counters(CPU), GreedyArgmax(lm_head, 100), None, True, 8, 3)
 
 
+def test_the_argmax_is_checked_for_all_heads_not_this_ranks_alone(monkeypatch, no_group, weights, lm_head):
+    monkeypatch.setattr(kernel_choice, "refusal", lambda *a: None)
+    monkeypatch.setenv(KERNELS_VARIABLE, "auto")
+    pretend(monkeypatch)
+    asked: list[list[int]] = []
+    monkeypatch.setattr(GreedyArgmax, "problem", lambda self, rows, dtype: asked.append(rows))
+    own = weights.take(1)
+    assert choose_kernels(own, new_counters(CPU), GreedyArgmax(lm_head, 100), None, True, 8, 5).argmax
+    assert asked == [[1, 8, 40]]
+
+
 def test_nothing_is_launched_where_the_kernels_are_off(monkeypatch, no_group, weights, lm_head):
     pretend(monkeypatch, FUSED=fails, STAGES=fails)
     for value, reason in (("0", "VLLM_GUMIHO_KERNELS=0"), ("auto", "no GPU")):

@@ -56,6 +56,12 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, tiny_target, data, o
     half = dict(open_checkpoint(whole / "checkpoint-2" / "drafter").tensors())
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     assert any(not torch.equal(expected[name], half[name]) for name in expected)
+    if optimizer != "adamw":
+        parts = torch.load(whole / "checkpoint-2" / "optimizer.pt", weights_only=True)["parts"]
+        matrices = {name for name, tensor in expected.items() if tensor.ndim == 2}
+        heads = {name for name in expected if name.startswith("mlp.")}
+        in_muon = matrices - heads if optimizer == "muon-serial" else matrices
+        assert [len(part["state"]) for part in parts] == [len(in_muon), len(expected) - len(in_muon)]
 
 
 @pytest.mark.parametrize(("plain", "in_muon"), [((), ("fc", "layers", "mlp")), (("mlp",), ("fc", "layers"))])
@@ -76,6 +82,10 @@ def test_a_phase_trains_its_part_alone(tmp_path, tiny_target, data, phase, learn
     first, last = (dict(open_checkpoint(tmp_path / f"checkpoint-{n}" / "drafter").tensors()) for n in (1, 2))
     for name in last:
         assert (not torch.equal(first[name], last[name])) == (name.partition(".")[0] in learns), name
+    # The others must be frozen, not merely without gradient: a distributed run waits for every one that is not.
+    parts = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)["parts"]
+    count = sum(len(group["params"]) for part in parts for group in part["param_groups"])
+    assert count == sum(name.partition(".")[0] in learns for name in last)
 
 
 def test_short_answers_give_every_parameter_a_gradient(tiny_target):

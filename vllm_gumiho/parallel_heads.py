@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
 from vllm.platforms import current_platform
@@ -97,15 +98,11 @@ class ParallelHeads(nn.Module):
         if self.ranks == 1:
             return self._own(m, count)
         share, own = -(-count // self.ranks), len(range(self.rank, count, self.ranks))
-        features = self._own(m, own) if own == share else self._padded(m, own, share)
-        gathered = tensor_model_parallel_all_gather(features.contiguous(), dim=0)
-        return gathered.unflatten(0, (self.ranks, share)).transpose(0, 1).flatten(0, 1)[:count]
-
-    def _padded(self, m: Sequence[Tensor], own: int, share: int) -> Tensor:
-        features = m[-1].new_zeros(share, *m[-1].shape)
-        if own:
-            features[:own] = self._own(m, own)
-        return features
+        features = self._own(m, own) if own else m[-1].new_empty(0, *m[-1].shape)
+        whole = F.pad(features, (0, 0, 0, 0, 0, share - own)).contiguous()
+        gathered = tensor_model_parallel_all_gather(whole, dim=0).unflatten(0, (self.ranks, share))
+        # Laid out request by request, as the LM head reads them.
+        return gathered.permute(2, 1, 0, 3).flatten(1, 2)[:, :count].transpose(0, 1)
 
     def _own(self, m: Sequence[Tensor], count: int) -> Tensor:
         path, _ = choose_path(m[-1], self.weights) if self.path is not HeadsPath.BATCHED else (self.path, "")

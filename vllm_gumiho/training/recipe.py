@@ -27,8 +27,8 @@ class Recipe:
     EAGLE-1 (one layer, no heads, served by vLLM's own method ``eagle``).
     phase: ``all`` trains everything together; ``serial`` the Transformer alone, at less than half the cost of a
     step; ``heads`` the heads on a frozen Transformer.
-    optimizer: ``adamw``, the paper's; ``muon``, for matrices; ``muon-serial``, for the Transformer's alone, as on small
-    batches Muon's own products for the heads would cost more than their forward and backward pass.
+    optimizer: ``adamw``, the paper's; ``muon``, for matrices; ``muon-serial``, for the Transformer's alone: Muon's
+    own products cost the same at any batch, most of them for the heads, and on small batches they weigh.
     init: ``random`` small layers that pass the feature through, or ``target``, its own last layers.  init_from: a
     checkpoint to start from.
     early_weighting: weight positions by how much they matter to the accepted length (unrolled only).
