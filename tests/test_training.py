@@ -211,6 +211,34 @@ def test_heads_that_do_not_steer_leave_the_transformer_its_own_gradient(tiny_tar
     assert not torch.allclose(gradients(heads_steer=True)[0], serial_alone)
 
 
+def test_further_steps_train_the_transformer_on_positions_that_heads_draft(tiny_target, data):
+    torch.manual_seed(0)
+    served = GumihoDrafter(tiny.drafter_config())
+    served.init_weights(1.0, 1.0)
+    longer = GumihoDrafter(replace(served.config, num_serial_steps=4, num_heads=0))
+    longer.load_state_dict({k: v for k, v in served.state_dict().items() if k in longer.state_dict()})
+    table = torch.randn(tiny.VOCAB, tiny.HIDDEN)
+    batch = {k: v[None] for k, v in PackedRows(read_samples([data], tiny.VOCAB), 64)[0].items()}
+    inputs = (table, batch["input_ids"], table[batch["input_ids"]], batch["positions"], batch["segments"])
+    anchors = valid_anchors(batch["segments"], batch["answer"], 1)
+    plain, out = draft(served, *inputs, anchors), draft(served, *inputs, anchors, further=2)
+    wanted = draft(longer, *inputs, anchors)
+    torch.testing.assert_close(torch.stack(out.serial + out.further), torch.stack(wanted.serial))
+    torch.testing.assert_close(out.heads, plain.heads)
+    torch.testing.assert_close(torch.stack(out.serial), torch.stack(plain.serial))
+
+    def trained(further_steps):
+        objective = replace(Objective.unrolled(5, candidates=0), further_steps=further_steps)
+        return losses(served, objective, table, table, batch, inputs[2], torch.arange(4))
+
+    (less, few), (more, many) = trained(0), trained(2)
+    assert set(many) - set(few) == {"ce_further_3", "feature_further_3", "ce_further_4", "feature_further_4"}
+    decay, weight = Objective.unrolled(5).serial_decay, Objective.unrolled(5).feature_weight
+    extra = [decay ** (i - 1) * (many[f"ce_further_{i}"] + weight * many[f"feature_further_{i}"]) for i in (3, 4)]
+    torch.testing.assert_close(more, less + sum(extra))
+    torch.testing.assert_close({name: many[name] for name in few}, few)
+
+
 def test_early_positions_weigh_more_unless_told_otherwise(tiny_target, data, tmp_path):
     early = recipe(tiny_target, data, tmp_path, recipe="unrolled").objective()
     flat = recipe(tiny_target, data, tmp_path, recipe="unrolled", early_weighting=False).objective()

@@ -158,6 +158,8 @@ def test_a_drafter_of_a_reduced_vocabulary_and_eagle_1_are_served(tmp_path, tiny
         ({"own_tokens": 2.0}, "own_tokens is 2.0; it must lie between 0 and 1"),
         ({"num_heads": 0}, "num_heads is 0"),
         ({"recipe": "eagle", "draft_vocab": 5}, "recipe 'eagle' has one phase"),
+        ({"further_steps": -1}, "further_steps is -1; it must not be below 0"),
+        ({"recipe": "paper", "further_steps": 1}, "further_steps is 1; recipe 'paper' is not unrolled"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path, tiny_target, data, changes, message):

@@ -22,6 +22,7 @@ class Objective:
     serial_decay: serial step i (from 0) is weighted serial_decay^i, about the share of anchors that reach it.  The
     heads' weights are a scale of their own, which tells among heads as long as they do not steer.
     heads_steer: the heads' losses train the Transformer too; else they read its features as they are.
+    further_steps: serial steps trained beyond those served, each on the draft features of the one before.
     train_serial, train_heads: a part that is not trained is not differentiated, or for the heads not even run.
     vocabulary: token ids that may be drafted; None is all of them.
     """
@@ -33,6 +34,7 @@ class Objective:
     chain_floor: float = 1.0
     serial_decay: float = 1.0
     heads_steer: bool = True
+    further_steps: int = 0
     train_serial: bool = True
     train_heads: bool = True
     candidates: int = 0
@@ -146,6 +148,7 @@ def losses(
     drafts = draft(
         drafter, embed, ids, features, batch["positions"], segments, first, objective.recipe, objective.train_heads,
         own_token if own_tokens > 0 else None, objective.heads_steer,
+        objective.further_steps if objective.train_serial else 0,
     )  # fmt: skip
     with torch.no_grad():
         # The label distribution of sequence position j serves every draft position that predicts x[j+1].
@@ -157,30 +160,34 @@ def losses(
 
     total = torch.zeros((), device=ids.device)
     parts = {}
-    chain = torch.ones(int(first.sum()), device=ids.device)
-    for i in range(1, len(drafts.serial) + len(drafts.heads) + 1):
+    # chain[i]: the probability that the drafter gives to its true tokens up to position i, at every anchor.
+    chain = [torch.ones(int(first.sum()), device=ids.device)]
+
+    def term(i: int, name: str, x: Tensor, scale: float) -> Tensor:
         valid = valid_anchors(segments, answer, i)
-        head = i - 1 - len(drafts.serial)
         kept = valid[first]
-        if head < 0:
-            x, scale = drafts.serial[i - 1][kept], objective.serial_decay ** (i - 1)
-        else:
-            x, scale = drafts.heads[head][kept], objective.head_weights[head]
+        x, before = x[kept], chain[i - 1]
         if x.shape[0] == 0:
+            chain[i:] = [before]
             # Zero, but of the graph: every process of a distributed run must have a gradient for the same parameters.
-            total = total + 0.0 * x.sum()
-            continue
+            return 0.0 * x.sum()
         log_probs = subset.logits(x, weight).log_softmax(-1)
-        anchor_weight = objective.chain_floor + (1 - objective.chain_floor) * chain[kept]
+        anchor_weight = objective.chain_floor + (1 - objective.chain_floor) * before[kept]
         ce = -(target_probs[shift(row_of, i)[valid]] * log_probs).sum(-1)
         ce = (ce * anchor_weight).sum() / anchor_weight.sum()
         feature = F.smooth_l1_loss(x.float(), shift(features, i)[valid].float())
-        if head >= 0 or objective.train_serial:
-            total = total + scale * (objective.ce_weight * ce + objective.feature_weight * feature)
-        parts[f"ce_{i}"], parts[f"feature_{i}"] = ce.detach(), feature.detach()
+        parts[f"ce_{name}"], parts[f"feature_{name}"] = ce.detach(), feature.detach()
         truth, known = subset.column(shift(ids, i + 1)[valid])
         agreed = log_probs.detach().gather(1, truth[:, None])[:, 0].exp() * known
-        chain = chain.masked_scatter(kept, chain[kept] * agreed)
+        chain[i:] = [before.masked_scatter(kept, before[kept] * agreed)]
+        return scale * (objective.ce_weight * ce + objective.feature_weight * feature)
+
+    served = len(drafts.serial)
+    for i, x in enumerate(drafts.serial + drafts.further, 1):
+        loss = term(i, str(i) if i <= served else f"further_{i}", x, objective.serial_decay ** (i - 1))
+        total = total + loss if objective.train_serial else total
+    for i, (x, scale) in enumerate(zip(drafts.heads, objective.head_weights, strict=False), served + 1):
+        total = total + term(i, str(i), x, scale)
     return total, parts
 
 

@@ -33,6 +33,7 @@ class Recipe:
     checkpoint to start from.
     early_weighting: weight positions by how much they matter to the accepted length (unrolled only).
     heads_steer: let the heads' losses train the Transformer too (unrolled only; `paper` always does).
+    further_steps: serial steps trained beyond the ``num_serial_steps`` that are served (unrolled only).
     own_tokens: share of anchors that draft on from the drafter's own token at the end of training, rising from 0.
     draft_vocab: draft only that many of the training answers' most frequent tokens; 0 drafts all.
     feature_cache: folder that keeps the target's features between epochs and runs.
@@ -61,6 +62,7 @@ class Recipe:
     feature_weight: float | None = None
     early_weighting: bool = True
     heads_steer: bool = False
+    further_steps: int = 0
     own_tokens: float = 0.0
     draft_vocab: int = 0
     phase: str = "all"
@@ -81,7 +83,7 @@ class Recipe:
         for name in ("steps", "rows", "row_length", "num_layers", "num_serial_steps", "save_every", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("num_heads", "draft_vocab", "patience", "candidates", "frequent"):
+        for name in ("num_heads", "further_steps", "draft_vocab", "patience", "candidates", "frequent"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must not be below 0")
         for name in ("own_tokens", "held_out", "warmup_ratio"):
@@ -89,6 +91,10 @@ class Recipe:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
         if self.recipe == "eagle" and (self.phase != "all" or self.init_from or self.draft_vocab):
             raise RecipeError("recipe 'eagle' has one phase, its own start and the whole vocabulary")
+        if self.recipe != "unrolled" and self.further_steps:
+            raise RecipeError(
+                f"further_steps is {self.further_steps}; recipe {self.recipe!r} is not unrolled, leave it at 0"
+            )
         if self.recipe != "eagle" and self.num_heads == 0:
             raise RecipeError("num_heads is 0; a Gumiho drafter has at least one head")
 
@@ -96,7 +102,7 @@ class Recipe:
         """Losses of this run.  vocabulary: ids that may be drafted, ascending."""
         if self.recipe == "unrolled":
             objective = Objective.unrolled(self.num_heads, self.candidates, self.frequent)
-            objective = replace(objective, heads_steer=self.heads_steer)
+            objective = replace(objective, heads_steer=self.heads_steer, further_steps=self.further_steps)
         else:
             objective = Objective.paper(self.num_heads) if self.recipe == "paper" else Objective.eagle()
             objective = replace(objective, candidates=self.candidates, frequent=self.frequent)

@@ -12,7 +12,7 @@ the first pass's keys up to the anchor and to its own earlier draft positions: w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -65,10 +65,14 @@ def shift(x: Tensor, by: int) -> Tensor:
 
 @dataclass
 class Drafts:
-    """Draft features at the A anchors, in ``x[anchors]``'s order: ``[A, H]`` a serial step, heads ``[n, A, H]``."""
+    """Draft features at the A anchors, in ``x[anchors]``'s order: ``[A, H]`` a serial step, heads ``[n, A, H]``.
+
+    further: what the serial steps after the last one served draft, at the heads' own positions.
+    """
 
     serial: list[Tensor]
     heads: Tensor
+    further: list[Tensor] = field(default_factory=list)
 
 
 def draft(
@@ -83,13 +87,14 @@ def draft(
     with_heads: bool = True,
     own_token: Callable[[Tensor, Tensor], Tensor] | None = None,
     heads_steer: bool = True,
+    further: int = 0,
 ) -> Drafts:
     """All draft positions' features for every anchor of packed rows.
 
     embed ``[V, H]``; ids, positions, segments ``[R, T]``; features ``[R, T, H]``; anchors bool ``[R, T]``.
     Position t is fed ``(E[x[t+1]], h[t])``.  Later serial steps and heads are fed the true next tokens (where a
     draft token is wrong, verification ends the chain there), or what ``own_token(draft features, true tokens)`` says.
-    heads_steer: gradients of the heads reach the Transformer.
+    heads_steer: gradients of the heads reach the Transformer.  further: serial steps beyond those that are served.
     """
     steps = drafter.config.num_serial_steps
     past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in drafter.layers]
@@ -105,8 +110,9 @@ def draft(
         tokens = tokens if own_token is None else own_token(serial[-1], tokens)
         return drafter.fuse(F.embedding(tokens, embed), serial[-1])
 
-    rows = AnchorRows(anchors, mask, positions) if recipe != "paper" and steps > 1 else None
-    for step in range(1, steps):
+    last = steps + further
+    rows = AnchorRows(anchors, mask, positions) if recipe != "paper" and last > 1 else None
+    for step in range(1, last):
         if rows is None:
             fused.append(shift(o, step)[anchors])
             serial.append(shift(hidden, step)[anchors])
@@ -114,11 +120,13 @@ def draft(
         fused.append(next_input(step))
         out = drafter.serial(rows.spread(fused[-1]), rows.positions + step, rows.mask(step), past)
         serial.append(rows.gather(out))
+    served, beyond = serial[:steps], serial[steps:]
     if not with_heads or not drafter.config.num_heads:
-        return Drafts(serial, hidden.new_empty(0))
-    fused.append(shift(o, steps)[anchors] if recipe == "paper" else next_input(steps))
-    m = torch.cat(fused, dim=-1)
-    return Drafts(serial, drafter.heads(m if heads_steer else m.detach()))
+        return Drafts(served, hidden.new_empty(0), beyond)
+    if not further:
+        fused.append(shift(o, steps)[anchors] if recipe == "paper" else next_input(steps))
+    m = torch.cat(fused[:steps], dim=-1)
+    return Drafts(served, drafter.heads(m if heads_steer else m.detach()), beyond)
 
 
 def valid_anchors(segments: Tensor, answer: Tensor, position: int) -> Tensor:
