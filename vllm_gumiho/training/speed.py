@@ -66,7 +66,9 @@ def training_flops(model: TrainingModel, batch: dict[str, Tensor]) -> int:
     Counted on a pass of its own, since the counter takes composite operations apart and so changes the last bits of
     what it watches; the random generator is put back.
     """
-    devices = [batch["input_ids"].device] if batch["input_ids"].is_cuda else []
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) for name, value in batch.items()}
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), FlopCounterMode(display=False) as counter:
         features = model.target_features(batch)
         target = counter.get_total_flops()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     EarlyStoppingCallback,
@@ -38,7 +39,11 @@ class DrafterTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._parts: dict[str, list[Tensor]] = {}
         self._meter: SpeedMeter | None = None
-        self._flops = 0
+        # Counted here: a model that FSDP has sharded computes nothing outside its own forward pass.
+        rows = [
+            self.train_dataset[i] for i in range(min(self.args.per_device_train_batch_size, len(self.train_dataset)))
+        ]
+        self.flops = training_flops(self.model, self.data_collator(rows))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self._muon and getattr(self, "optimizer", None) is None:
@@ -51,8 +56,7 @@ class DrafterTrainer(Trainer):
         if self._meter is None:
             dtype = torch.bfloat16 if self.args.bf16 else torch.float32
             self._meter = SpeedMeter(self.args.device, dtype)
-            self._flops = training_flops(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs))
-        self._meter.add(int(inputs["answer"].sum()), self._flops)
+        self._meter.add(int(inputs["answer"].sum()), self.flops)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
@@ -92,14 +96,24 @@ class ExportCallback(TrainerCallback):
         self.model.progress = state.global_step / max(1, state.max_steps)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        tensors = drafter_tensors(self.model)
         if state.is_world_process_zero:
-            export(self.model, self.recipe, Path(args.output_dir) / f"checkpoint-{state.global_step}" / "drafter")
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "drafter"
+            export(tensors, self.model, self.recipe, folder)
 
 
-def export(model: TrainingModel, recipe: Recipe, folder: Path) -> None:
-    """Write the drafter in the format the engine serves it from, with recipe.json beside it."""
+def drafter_tensors(model: TrainingModel) -> dict[str, Tensor]:
+    """The drafter's whole tensors on the CPU; every process has to ask, since FSDP gathers them from all."""
+    tensors = {}
+    for name, value in model.drafter.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        tensors[name] = whole.detach().cpu().contiguous()
+    return tensors
+
+
+def export(tensors: dict[str, Tensor], model: TrainingModel, recipe: Recipe, folder: Path) -> None:
+    """Write the drafter's tensors in the format the engine serves it from, with recipe.json beside it."""
     c, vocabulary = model.drafter.config, model.objective.vocabulary
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.drafter.state_dict().items()}
     layer_config = {
         "model_type": "llama", "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
         "num_attention_heads": c.num_attention_heads, "num_key_value_heads": c.num_key_value_heads,
@@ -163,9 +177,10 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     )
     trainer.train(resume_from_checkpoint=last)
     metrics = trainer.evaluate()
+    tensors = drafter_tensors(training_model)
     if trainer.is_world_process_zero():
         final = Path(recipe.output) / "final"
-        export(training_model, recipe, final)
+        export(tensors, training_model, recipe, final)
         (final / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         trainer.state.save_to_json(str(final / "trainer_state.json"))
     return metrics
