@@ -18,6 +18,8 @@ import torch
 from engines import case, run_engines
 
 from vllm_gumiho.checkpoint import D2T, open_checkpoint
+from vllm_gumiho.evaluation import EvalError
+from vllm_gumiho.training.curves import plot_curves, read_curves
 from vllm_gumiho.training.errors import RecipeError
 from vllm_gumiho.training.recipe import Recipe
 from vllm_gumiho.training.trainer import last_checkpoint, train
@@ -121,6 +123,23 @@ def _train_rows(settings: Recipe):
 
     samples = read_samples([Path(settings.data[0])], 160)
     return PackedRows(split_held_out(samples, settings.held_out, 0)[0], settings.row_length)
+
+
+def test_curves_of_runs_are_read_and_plotted(tmp_path, tiny_target, data):
+    from matplotlib.image import imread
+
+    train(recipe(tiny_target, data, tmp_path / "a", steps=4))
+    ((label, curves),) = read_curves([tmp_path / "a"], ["first"])
+    assert label == "first"
+    assert dict(curves["ce_1"]).keys() == {1, 2, 3, 4}
+    final = json.loads((tmp_path / "a" / "final" / "metrics.json").read_text())["eval_acceptance_length"]
+    assert dict(curves["eval_acceptance_length"]) == {2: pytest.approx(final, abs=1), 4: final}
+    plot_curves([(label, curves)] * 2, tmp_path / "new" / "curves.png")
+    assert imread(tmp_path / "new" / "curves.png").shape[:2] == (675, 1650)
+    with pytest.raises(EvalError, match="2 labels for 1 runs"):
+        read_curves([tmp_path / "a"], ["x", "y"])
+    with pytest.raises(EvalError, match=r"trainer_state\.json: no state of a finished run"):
+        read_curves([tmp_path], [])
 
 
 def test_early_stopping_ends_a_run_that_no_longer_gains(tmp_path, tiny_target, data):

@@ -14,7 +14,7 @@ from vllm_gumiho.benchmark import BenchError
 from vllm_gumiho.benchmark.command import bench
 from vllm_gumiho.evaluation import EvalError
 from vllm_gumiho.evaluation.command import evaluate, plot_acceptance
-from vllm_gumiho.training.command import generate, train
+from vllm_gumiho.training.command import generate, plot_training, train
 from vllm_gumiho.tuning import TuningError
 from vllm_gumiho.tuning.command import plan, tune
 
@@ -28,6 +28,7 @@ app.command()(generate)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command("plot-acceptance")(plot_acceptance)
+app.command("plot-training")(plot_training)
 app.command("bench")(bench)
 app.command("plan")(plan)
 app.command("tune")(tune)

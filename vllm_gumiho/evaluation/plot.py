@@ -75,6 +75,11 @@ def plot_acceptance(runs: list[tuple[str, dict[str, Any]]], output: Path) -> Non
     axes[0].set_ylabel("share of drafts, mean over sets")
     axes[0].set_xticks(range(1, max(len(run["mean"][_PANELS[0][0]]) for _, run in runs) + 1))
     axes[0].legend(title="run (acceptance length)", fontsize="small")
+    save_figure(figure, output)
+
+
+def save_figure(figure: Any, output: Path) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all.  Raises: EvalError when the file cannot be written."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent) as scratch:

@@ -101,3 +101,17 @@ def train(
         patience=patience, bf16=not float32, seed=seed,
     )  # fmt: skip
     Console().print_json(data=run(settings, resume))
+
+
+def plot_training(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs (--output of 'train').")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")],
+    labels: Annotated[list[str] | None, typer.Option(help="A label for each run, in order; repeat.")] = None,
+) -> None:
+    """Plot held-out acceptance length and training loss of several runs over their steps."""
+    from rich.console import Console
+
+    from vllm_gumiho.training.curves import plot_curves, read_curves
+
+    plot_curves(read_curves(runs, labels or []), output)
+    Console().print(f"{output}: {len(runs)} runs", highlight=False, soft_wrap=True)
