@@ -212,7 +212,7 @@ def test_heads_that_do_not_steer_leave_the_transformer_its_own_gradient(tiny_tar
     assert not torch.allclose(gradients(heads_steer=True)[0], serial_alone)
 
 
-def test_further_steps_train_the_transformer_on_positions_that_heads_draft(tiny_target, data):
+def test_further_steps_train_the_transformer_on_positions_that_heads_draft(tiny_target, data, tmp_path):
     torch.manual_seed(0)
     served = GumihoDrafter(tiny.drafter_config())
     served.init_weights(1.0, 1.0)
@@ -228,11 +228,16 @@ def test_further_steps_train_the_transformer_on_positions_that_heads_draft(tiny_
     torch.testing.assert_close(out.heads, plain.heads)
     torch.testing.assert_close(torch.stack(out.serial), torch.stack(plain.serial))
 
-    def trained(further_steps):
-        objective = replace(Objective.unrolled(5, candidates=0), further_steps=further_steps)
-        return losses(served, objective, table, table, batch, inputs[2], torch.arange(4))
+    def trained(drafter, objective):
+        total, parts = losses(drafter, objective, table, table, batch, inputs[2], torch.arange(4))
+        drafter.zero_grad()
+        total.backward()
+        return total.detach(), parts, drafter.layers[0].mlp.up_proj.weight.grad.clone()
 
-    (less, few), (more, many) = trained(0), trained(2)
+    objective = recipe(tiny_target, data, tmp_path, candidates=0, further_steps=2).objective()
+    less, few, _ = trained(served, replace(objective, further_steps=0))
+    more, many, gradient = trained(served, objective)
+    torch.testing.assert_close(gradient, trained(longer, replace(objective, further_steps=0, head_weights=()))[2])
     assert set(many) - set(few) == {"ce_further_3", "feature_further_3", "ce_further_4", "feature_further_4"}
     decay, weight = Objective.unrolled(5).serial_decay, Objective.unrolled(5).feature_weight
     extra = [decay ** (i - 1) * (many[f"ce_further_{i}"] + weight * many[f"feature_further_{i}"]) for i in (3, 4)]

@@ -92,10 +92,11 @@ def test_two_processes_train_one_drafter(tmp_path, tiny_target, data):
     fsdp = {
         "script": SCRIPT.with_name("fsdp_main.py"), "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
         "FSDP_AUTO_WRAP_POLICY": "NO_WRAP", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
     }  # fmt: skip
 
     def run(name, resume=False, **ways):
-        settings = recipe(tiny_target, data, tmp_path / name, steps=4, optimizer="muon-serial")
+        settings = recipe(tiny_target, data, tmp_path / name, steps=4, optimizer="muon-serial", bf16=True)
         process = start(tmp_path, settings, *launcher, resume=resume, **ways)
         assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
         return settings, loss_curve(tmp_path / name), dict(open_checkpoint(tmp_path / name / "final").tensors())
@@ -106,16 +107,22 @@ def test_two_processes_train_one_drafter(tmp_path, tiny_target, data):
     assert state["epoch"] == pytest.approx(4 / math.ceil(len(_train_rows(settings)) / 4))
 
     _, sharded_losses, sharded_weights = run("shards", **fsdp)
-    # Gradients are summed in another order, and Muon's bfloat16 products make more of it: 7e-5 was measured.
-    assert sharded_losses == pytest.approx(losses, rel=1e-4)
-    torch.testing.assert_close(sharded_weights, weights, rtol=0, atol=1e-3)
+    # Gradients are summed in another order, and bfloat16 products make more of it: 3e-5 of the loss was measured, and
+    # a thirty-fifth of the way from half time.
+    assert sharded_losses == pytest.approx(losses, rel=3e-4)
+    half = dict(open_checkpoint(tmp_path / "shards" / "checkpoint-2" / "drafter").tensors())
+    assert distance(sharded_weights, weights) < 0.1 * distance(sharded_weights, half)
     assert (tmp_path / "shards" / "checkpoint-2" / "pytorch_model_fsdp.bin").exists()
 
     shutil.rmtree(tmp_path / "shards" / "checkpoint-4")
     shutil.rmtree(tmp_path / "shards" / "final")
     _, resumed_losses, resumed_weights = run("shards", resume=True, **fsdp)
-    assert resumed_losses == pytest.approx(sharded_losses, rel=1e-6)
-    torch.testing.assert_close(resumed_weights, sharded_weights, rtol=0, atol=1e-5)
+    assert resumed_losses == pytest.approx(sharded_losses, rel=1e-5)
+    assert distance(resumed_weights, sharded_weights) < 0.01 * distance(sharded_weights, half)
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return sum(float((one[name] - other[name]).square().sum()) for name in one) ** 0.5
 
 
 def _train_rows(settings: Recipe):
@@ -132,10 +139,19 @@ def test_curves_of_runs_are_read_and_plotted(tmp_path, tiny_target, data):
     ((label, curves),) = read_curves([tmp_path / "a"], ["first"])
     assert label == "first"
     assert dict(curves["ce_1"]).keys() == {1, 2, 3, 4}
-    final = json.loads((tmp_path / "a" / "final" / "metrics.json").read_text())["eval_acceptance_length"]
-    assert dict(curves["eval_acceptance_length"]) == {2: pytest.approx(final, abs=1), 4: final}
-    plot_curves([(label, curves)] * 2, tmp_path / "new" / "curves.png")
-    assert imread(tmp_path / "new" / "curves.png").shape[:2] == (675, 1650)
+    history = json.loads((tmp_path / "a" / "final" / "trainer_state.json").read_text())["log_history"]
+    measured = [entry["eval_acceptance_length"] for entry in history if "eval_acceptance_length" in entry]
+    assert curves["eval_acceptance_length"] == [(2, measured[0]), (4, measured[-1])]
+
+    flat = {"eval_acceptance_length": [(2, 1.0), (4, 2.0)], "ce_1": [(1, 1.0), (4, 1.0)]}
+    steep = flat | {"ce_1": [(1, 3.0), (4, 1.0)]}
+    plot_curves([("flat", flat)], tmp_path / "new" / "flat.png")
+    plot_curves([("flat", flat), ("steep", steep)], tmp_path / "both.png")
+    one, both = imread(tmp_path / "new" / "flat.png"), imread(tmp_path / "both.png")
+    assert one.shape[:2] == both.shape[:2] == (675, 1650)
+    coloured = [(image[..., :3].max(-1) - image[..., :3].min(-1) > 0.2) for image in (one, both)]
+    assert all(half.any() for half in (coloured[0][:, :825], coloured[0][:, 825:]))
+    assert coloured[1][:, 825:].sum() > 1.5 * coloured[0][:, 825:].sum()
     with pytest.raises(EvalError, match="2 labels for 1 runs"):
         read_curves([tmp_path / "a"], ["x", "y"])
     with pytest.raises(EvalError, match=r"trainer_state\.json: no state of a finished run"):
@@ -202,7 +218,8 @@ def test_a_drafter_of_a_reduced_vocabulary_and_eagle_1_are_served(tmp_path, tiny
         ({"num_heads": 0}, "num_heads is 0"),
         ({"recipe": "eagle", "draft_vocab": 5}, "recipe 'eagle' has one phase"),
         ({"further_steps": -1}, "further_steps is -1; it must not be below 0"),
-        ({"recipe": "paper", "further_steps": 1}, "further_steps is 1; recipe 'paper' is not unrolled"),
+        ({"recipe": "paper", "further_steps": 1}, "further_steps is 1; recipe 'paper', phase 'all' takes none"),
+        ({"phase": "heads", "further_steps": 1}, "further_steps is 1; recipe 'unrolled', phase 'heads' takes none"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path, tiny_target, data, changes, message):

@@ -20,7 +20,8 @@ class TrainingModel(nn.Module):
     """``forward(**batch) -> {"loss", ...}`` in training, ``{"loss", "logits"}`` with the counts of `hits` else.
 
     own_tokens: share of anchors that draft on from the drafter's own token when training ends; it rises linearly
-    with ``progress`` (0 to 1, set by the trainer).
+    with ``progress`` (0 to 1, set by the trainer).  bf16: bfloat16 autocast, done here and not by Trainer, whose FSDP2
+    would instead keep the weights in bfloat16 and leave the target's float32 tensors to meet them.
     """
 
     def __init__(
@@ -30,15 +31,20 @@ class TrainingModel(nn.Module):
         target: FrozenTarget,
         frequent: Tensor,
         own_tokens: float = 0.0,
+        bf16: bool = False,
     ):
         super().__init__()
         self.drafter = drafter
         self.objective = objective
         self._target = [target]  # in a list: neither a submodule nor in the state dict
         self.frequent = frequent
-        self.own_tokens, self.progress = own_tokens, 0.0
+        self.own_tokens, self.progress, self.bf16 = own_tokens, 0.0, bf16
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=self.bf16):
+            return self._forward(batch)
+
+    def _forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         features = self.target_features(batch)
         if self.training:
             loss, parts = self.training_losses(batch, features)

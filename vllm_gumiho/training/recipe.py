@@ -91,9 +91,9 @@ class Recipe:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
         if self.recipe == "eagle" and (self.phase != "all" or self.init_from or self.draft_vocab):
             raise RecipeError("recipe 'eagle' has one phase, its own start and the whole vocabulary")
-        if self.recipe != "unrolled" and self.further_steps:
+        if self.further_steps and (self.recipe != "unrolled" or self.phase == "heads"):
             raise RecipeError(
-                f"further_steps is {self.further_steps}; recipe {self.recipe!r} is not unrolled, leave it at 0"
+                f"further_steps is {self.further_steps}; recipe {self.recipe!r}, phase {self.phase!r} takes none"
             )
         if self.recipe != "eagle" and self.num_heads == 0:
             raise RecipeError("num_heads is 0; a Gumiho drafter has at least one head")

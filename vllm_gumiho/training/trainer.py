@@ -43,6 +43,7 @@ class DrafterTrainer(Trainer):
         rows = [
             self.train_dataset[i] for i in range(min(self.args.per_device_train_batch_size, len(self.train_dataset)))
         ]
+        self.model.to(self.args.device)
         self.flops = training_flops(self.model, self.data_collator(rows))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -54,7 +55,7 @@ class DrafterTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         if self._meter is None:
-            dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+            dtype = torch.bfloat16 if self.model.bf16 else torch.float32
             self._meter = SpeedMeter(self.args.device, dtype)
         self._meter.add(int(inputs["answer"].sum()), self.flops)
         return super().training_step(model, inputs, *args, **kwargs)
@@ -162,7 +163,9 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         drafter.layers.requires_grad_(False)
     if recipe.phase == "serial":
         drafter.mlp.requires_grad_(False)
-    training_model = TrainingModel(drafter, recipe.objective(vocabulary), target, frequent, recipe.own_tokens)
+    training_model = TrainingModel(
+        drafter, recipe.objective(vocabulary), target, frequent, recipe.own_tokens, recipe.bf16
+    )
     callbacks: list[TrainerCallback] = [ExportCallback(recipe, training_model)]
     if recipe.patience:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.patience))
@@ -220,7 +223,7 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
         "output_dir": recipe.output, "max_steps": recipe.steps, "per_device_train_batch_size": recipe.rows,
         "per_device_eval_batch_size": 1, "learning_rate": recipe.learning_rate, "lr_scheduler_type": "cosine",
         "warmup_steps": int(recipe.warmup_ratio * recipe.steps), "adam_beta1": 0.9, "adam_beta2": 0.95,
-        "weight_decay": 0.0, "max_grad_norm": 0.5, "bf16": recipe.bf16, "use_cpu": not torch.cuda.is_available(),
+        "weight_decay": 0.0, "max_grad_norm": 0.5, "use_cpu": not torch.cuda.is_available(),
         "logging_steps": 20, "eval_strategy": "steps", "eval_steps": recipe.save_every, "save_strategy": "steps",
         "save_steps": recipe.save_every, "save_total_limit": 2, "remove_unused_columns": False,
         "label_names": ["index"], "seed": recipe.seed, "report_to": ["tensorboard"], "dataloader_num_workers": 0,
