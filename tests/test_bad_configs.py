@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,13 +55,17 @@ NEEDED = (
     "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size", "rms_norm_eps",
     "max_position_embeddings", "rope_parameters", "rope_theta", "rope_type",
 )  # fmt: skip
+TAKEN = {
+    *((name, value) for name in ("rms_norm_eps", "rope_theta") for value in ("0.5", str(10**30))),
+    ("rope_parameters", "{'a': 1}"), ("rope_parameters", "{}"), ("transformer_layer_config", "{'a': 1}"),
+}  # fmt: skip
 WHOLE = {"released": tiny.target_config(), "speculators": None}
 
 
 @pytest.mark.parametrize("layout", WHOLE)
 def test_each_field_removed_or_wrong_in_turn_is_refused_or_does_not_matter(saved, layout):
     whole = WHOLE[layout] or saved.config
-    sound, refused, harmless = None, {}, set()
+    sound, refused, harmless, taken = None, {}, set(), set()
     for field in [(), *fields(whole)]:
         for value in WRONG if field else (None,):
             (saved.path / "config.json").write_text(json.dumps(changed(whole, field, value) if field else whole))
@@ -77,6 +82,10 @@ def test_each_field_removed_or_wrong_in_turn_is_refused_or_does_not_matter(saved
             if field != ("transformer_layer_config",):
                 assert differing <= {field[-1] if field else None, "rope_parameters"}, (field, value)
             harmless.add(field)
+            if field and differing and value is not REMOVED and value is not None:
+                taken.add((field[-1], str(value)))
+    # Another value of the right kind is the checkpoint's own business; an empty object stands for the target's.
+    assert taken <= TAKEN
     names = {field[-1] for field, _ in refused}
     for name in NEEDED:
         assert name in names, name
@@ -96,6 +105,24 @@ def test_what_a_rope_config_lacks_is_the_targets(saved, rope):
     rope = config["transformer_layer_config"]["rope_parameters"]
     assert rope["rope_theta"] == 500000.0
     assert None not in rope.values()
+
+
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [
+        ({"rope_type": "linear"}, "rope_parameters of type 'linear' has no factor"),
+        ({"rope_type": "junk"}, "rope_parameters.rope_type is 'junk', expected one of bailing_mrope, "),
+        ({"rope_type": "yarn", "factor": 4.0}, "has no original_max_position_embeddings"),
+        (
+            {"rope_type": "yarn", "factor": -4.0, "original_max_position_embeddings": 9},
+            "factor is -4.0, expected a number",
+        ),
+    ],
+)
+def test_a_rope_config_that_no_layer_could_be_built_of_is_refused(saved, rope, words):
+    (saved.path / "config.json").write_text(json.dumps(tiny.target_config(rope_parameters=ROPE | rope)))
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        derive_draft_config(open_checkpoint(saved.path), fake_target(rope_parameters=ROPE))
 
 
 LENGTHS = (0, -1, 1.5, 7.0, "7", True, False, 99, 8, 10**30, float("nan"), float("inf"), [7], {"k": 7}, "many", "")

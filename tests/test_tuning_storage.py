@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory):
 
 def fake_engine(**changes) -> SimpleNamespace:
     settings = {"kv_cache_dtype": "auto", "enforce_eager": True, "tensor_parallel_size": 1, "max_num_seqs": 2}
-    return SimpleNamespace(**settings | changes)
+    return SimpleNamespace(**{"load_format": "auto"} | settings | changes)
 
 
 def target(**changes) -> SimpleNamespace:
@@ -189,6 +189,16 @@ def test_a_checkpoint_of_another_target_is_refused_before_anything_is_measured(c
     parallel = SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1)
     with pytest.raises(CheckpointError, match="trained for this target"):
         auto.settle(spec_for(checkpoint), fake_engine(), target(hidden=128), parallel)
+    assert not cache.exists()
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_is_measured(tmp_path, cache):
+    tensors = drafter_tensors()
+    tensors["fc.weight"][0, 0] = float("nan")
+    parallel = SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1)
+    damaged = write_released(tmp_path / "nan", tensors, suffix="safetensors")
+    with pytest.raises(CheckpointError, match=r"fc\.weight"):
+        auto.settle(spec_for(damaged), fake_engine(), target(), parallel)
     assert not cache.exists()
 
 

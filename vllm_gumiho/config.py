@@ -131,7 +131,7 @@ def derive_draft_config(checkpoint: Checkpoint, target: ModelConfig) -> dict[str
     layer.setdefault("hidden_act", "silu")
     layer.setdefault("rms_norm_eps", getattr(text, "rms_norm_eps", 1e-6))
     layer.setdefault("max_position_embeddings", getattr(text, "max_position_embeddings", 2048))
-    if not layer.get("rope_parameters") and "rope_theta" not in layer:
+    if layer.get("rope_parameters") in (None, {}) and "rope_theta" not in layer:
         layer["rope_parameters"] = {k: rope[k] for k in rope}
     own = layer.get("rope_parameters")
     if isinstance(own, dict) and own.get("rope_theta") is None and "rope_theta" in rope and "rope_theta" not in layer:

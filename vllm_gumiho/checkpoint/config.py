@@ -18,6 +18,17 @@ _COPIED_KEYS = (
 
 
 _ROPE_KEYS = {"rope_parameters", "rope_scaling"}
+# Rope types that vLLM 0.32 knows, and what each must give; its rotary embedding reads these without asking.
+_YARN = ("factor", "original_max_position_embeddings")
+_ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (), "linear": ("factor",), "ntk": ("factor",), "dynamic": ("factor",), "yarn": _YARN,
+    "llama3": (*_YARN, "low_freq_factor", "high_freq_factor"), "deepseek_yarn": _YARN, "deepseek_llama_scaling": _YARN,
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"), "proportional": (), "mllama4": (),
+    "bailing_mrope": ("mrope_section",), "openpangu": (), "mrope": (), "su": (),
+}  # fmt: skip
+_ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# vLLM's rotary embedding keeps a row for every position.
+_MOST_POSITIONS = 2**24
 
 
 def speculators_config(sizes: DrafterSizes, verifier: str, layer_config: dict[str, Any]) -> dict[str, Any]:
@@ -104,9 +115,15 @@ def _check_layer(layer: dict[str, Any]) -> None:
     def count(value: Any) -> bool:
         return isinstance(value, int) and number(value)
 
-    counts = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "vocab_size")
+    counts = ("num_attention_heads", "num_key_value_heads", "vocab_size")
+    positions = layer.get("max_position_embeddings", 1)
     expected: list[tuple[str, str, bool]] = [
         *((key, "a whole number above 0", count(layer.get(key, 1))) for key in counts),
+        (
+            "max_position_embeddings",
+            f"a whole number from 1 to {_MOST_POSITIONS:,}",
+            count(positions) and positions <= _MOST_POSITIONS,
+        ),
         *((key, "a number above 0", number(layer.get(key, 1))) for key in ("rms_norm_eps", "rope_theta")),
         *((key, "an object", isinstance(layer.get(key, {}), dict)) for key in sorted(_ROPE_KEYS)),
         ("hidden_act", "'silu', as draft layers are Llama's", layer.get("hidden_act", "silu") == "silu"),
@@ -115,8 +132,17 @@ def _check_layer(layer: dict[str, Any]) -> None:
         if not fits:
             raise CheckpointError(f"config of the draft layers: {key} is {layer[key]!r}, expected {kind}")
     for key in sorted(_ROPE_KEYS & layer.keys()):
-        for name, value in layer[key].items():
-            wanted = "a number above 0" if name in ("rope_theta", "factor") else "a name"
-            fits = number(value) if wanted == "a number above 0" else isinstance(value, str)
-            if value is not None and name in ("rope_theta", "factor", "rope_type", "type") and not fits:
-                raise CheckpointError(f"config of the draft layers: {key}.{name} is {value!r}, expected {wanted}")
+        rope = {name: value for name, value in layer[key].items() if value is not None}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if not isinstance(kind, str) or kind not in _ROPE_TYPES:
+            at, known = "rope_type" if "rope_type" in rope else "type", ", ".join(sorted(_ROPE_TYPES))
+            raise CheckpointError(f"config of the draft layers: {key}.{at} is {kind!r}, expected one of {known}")
+        needed = [name for name in _ROPE_TYPES[kind] if not (kind == "dynamic" and "alpha" in rope)]
+        for name in needed:
+            if name not in rope:
+                raise CheckpointError(f"config of the draft layers: {key} of type {kind!r} has no {name}")
+        for name in _ROPE_NUMBERS:
+            if name in rope and not number(rope[name]):
+                raise CheckpointError(
+                    f"config of the draft layers: {key}.{name} is {rope[name]!r}, expected a number above 0"
+                )

@@ -41,7 +41,11 @@ def settle(
             "number with the schedule"
         )
     check_features(spec, parallel)
-    derive_draft_config(open_checkpoint(locate(spec, target)[1]), target)
+    checkpoint = open_checkpoint(locate(spec, target)[1])
+    derive_draft_config(checkpoint, target)
+    if engine.load_format != "dummy":
+        # Here, where it is refused: a damaged one that only the measuring engine meets would mean no speculation.
+        checkpoint.verify(target.get_vocab_size())
     try:
         record = stored_or_measured(spec, engine, target)
     except (TuningError, OSError) as error:
