@@ -20,7 +20,7 @@ FEATURES: dict[str, tuple[str, str]] = {
     "greedy requests: continuous batching, every K, K by batch size": (SAME, ""),
     "sampling: temperature, top-p, top-k; greedy and probabilistic drafts": (
         DISTRIBUTION,
-        "G-test of the first tokens together, 40,000 draws",
+        "G-test of the first tokens together, 5,000 draws of each setting; 20,000 in the long form",
     ),
     "chunked prefill": (SAME, "prompts longer than `max_num_batched_tokens`"),
     "prefix caching": (SAME, "hit, partial hit, after eviction; as with EAGLE, the last matching block is recomputed"),

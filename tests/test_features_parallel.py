@@ -48,7 +48,6 @@ def test_tensor_parallel(tmp_path, models, off):
     assert accepted["0"] == accepted["1"]
 
 
-@pytest.mark.long
 @pytest.mark.feature("tensor parallel", "V1")
 def test_draft_tensor_parallel_size_1(tmp_path, models, off):
     case = pair(*models, STEPS, tensor_parallel_size=2, speculative={"draft_tensor_parallel_size": 1})["on"]
@@ -58,7 +57,6 @@ def test_draft_tensor_parallel_size_1(tmp_path, models, off):
     assert results["on"]["facts"]["draft_tensor_parallel_size"] == 1
 
 
-@pytest.mark.long
 @pytest.mark.feature("data parallel", "V1")
 def test_data_parallel(tmp_path, models, off):
     """Two engines behind one AsyncLLM: both draft."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.engine
 PROMPT = [5, 2, 7, 3]
-VOCAB, DRAWS, LENGTH, JOINT = 8, 5000, 4, 3
+VOCAB, LENGTH, JOINT = 8, 4, 3
 SETTINGS = {
     "T=1": {"temperature": 1.0},
     "T=0.7": {"temperature": 0.7},
@@ -27,9 +27,9 @@ METHODS = ("greedy", "probabilistic")
 LIMIT = 4.0
 
 
-def steps(names: tuple[str, ...]) -> dict[str, dict]:
+def steps(names: tuple[str, ...], draws: int) -> dict[str, dict]:
     common = {"max_tokens": LENGTH, "ignore_eos": True, "n": 100, "detokenize": False}
-    return {name: generate([PROMPT] * (DRAWS // 100), common | SETTINGS[name]) for name in names}
+    return {name: generate([PROMPT] * (draws // 100), common | SETTINGS[name]) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +38,27 @@ def target(tmp_path_factory):
     return predictable.write_target(tmp_path_factory.mktemp("sampled") / "target", VOCAB, noise=0.15, sharpness=0.3)
 
 
+@pytest.fixture(scope="module", params=[5_000, pytest.param(20_000, marks=pytest.mark.long)])
+def draws(request):
+    """How many sequences are drawn of each setting and method."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory, target):
+def drawn(tmp_path_factory, target, draws):
     folder = tmp_path_factory.mktemp("draws")
     checkpoint = predictable.write_checkpoint(folder / "gumiho", VOCAB)
     settings = {"max_num_seqs": 250, "seed": 17, "max_num_batched_tokens": 4096}
     cases = {}
     for method in METHODS:
         speculative = {"num_speculative_tokens": 3, "draft_sample_method": method}
-        cases[method] = pair(target, checkpoint, steps(tuple(SETTINGS)), speculative=speculative, **settings)["on"]
+        cases[method] = pair(target, checkpoint, steps(tuple(SETTINGS), draws), speculative=speculative, **settings)[
+            "on"
+        ]
     # Last: what is planted stays in the process.
-    cases["wrong"] = {"llm": cases["greedy"]["llm"], "steps": steps(("T=1",)), "plant": "accepts too often"}
+    for method in METHODS:
+        planted = {"llm": cases[method]["llm"], "steps": steps(("T=1",), draws), "plant": "accepts too often"}
+        cases[f"wrong {method}"] = planted
     return run(folder, cases)
 
 
@@ -97,9 +107,9 @@ def g_test(counts: Tensor, probs: Tensor) -> float:
 
 
 def drawn_tokens(drawn, case: str, name: str) -> Tensor:
-    """``[DRAWS, LENGTH]`` int64."""
+    """``[draws, LENGTH]`` int64."""
     tokens = torch.tensor([ids for output in step(drawn, case, name)["result"] for ids in output["tokens"]])
-    assert tokens.shape == (DRAWS, LENGTH)
+    assert tokens.shape[1] == LENGTH
     return tokens
 
 
@@ -114,18 +124,20 @@ def joint(tokens: Tensor, first: int, last: int) -> Tensor:
 @pytest.mark.feature("sampling: temperature, top-p, top-k; greedy and probabilistic drafts", "V1")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_sampled_tokens_have_the_targets_joint_distribution(drawn, target, method, name):
+def test_sampled_tokens_have_the_targets_joint_distribution(drawn, target, draws, method, name):
     counts = step(drawn, method, name)["counts"]
     assert 0.1 < counts["accepted"] / counts["drafted"] < 0.9
     probs, tokens = exact(target, **SETTINGS[name]), drawn_tokens(drawn, method, name)
+    assert len(tokens) == draws
     assert g_test(joint(tokens, 0, JOINT), probs.sum(-1).flatten()) < LIMIT
     # The last two positions: the second serial step and the first head.
     assert g_test(joint(tokens, LENGTH - 2, LENGTH), probs.sum((0, 1)).flatten()) < LIMIT
 
 
-def test_a_planted_wrong_sampler_is_caught(drawn, target):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_planted_wrong_sampler_is_caught(drawn, target, method):
     """Drafts accepted with their probability over 0.75."""
-    counts = joint(drawn_tokens(drawn, "wrong", "T=1"), 0, JOINT)
+    counts = joint(drawn_tokens(drawn, f"wrong {method}", "T=1"), 0, JOINT)
     assert g_test(counts, exact(target).sum(-1).flatten()) > 2 * LIMIT
 
 
