@@ -133,6 +133,15 @@ def _python(words: list[str]) -> None:
     assert not unknown, f"{name} does not take {unknown}; it takes {sorted(taken)}"
 
 
+def _accelerate(words: list[str]) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    assert words[0] == "launch", f"no rule for accelerate {words[0]}"
+    at = words.index("-m")
+    _parse(launch_command_parser(), [*words[1:at], "script.py"])
+    _python(words[at:])
+
+
 def _help(run, name: str) -> str:
     argv, said = sys.argv, io.StringIO()
     sys.argv = [name, "--help"]
@@ -180,6 +189,7 @@ def _ray(words: list[str]) -> None:
 
 
 RULES = {
+    "accelerate": _accelerate,
     "make": _make, "vllm-gumiho": _gumiho, "vllm": _vllm, "python": _python, "python3": _python, "sh": _sh,
     "curl": _curl, "pip": _pip, "pre-commit": _pre_commit, "ray": _ray,
 }  # fmt: skip

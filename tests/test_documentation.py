@@ -39,6 +39,7 @@ def test_a_documented_command_is_accepted(page, line, monkeypatch):
         ("vllm bench serve --no-such-option", "no-such-option"),
         ("python examples/llama3_8b.py.old", "no such script"),
         ("python -m vllm_gumiho.benchmark.shapes --no-such-option", "does not take"),
+        ("accelerate launch --no-such-option -m vllm_gumiho.cli train", "no-such-option"),
         ("pip install '.[no-such-extra]'", "no such extras"),
         ("VARIABLE=1 sh examples/no_such.sh", "no_such.sh"),
     ],
