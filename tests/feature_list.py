@@ -60,11 +60,11 @@ HEAD = """# Features
 
 Each row is proven by tests that start real engines, on the CPU build of vLLM 0.32 with tiny models in float32.
 *Same tokens* means token ids, text and reasons of ending equal to speculation off under greedy decoding, while drafts
-were accepted and rejected (by vLLM's own counters). vLLM 0.32 takes model runner V2 by default where Triton is installed, as on GPUs, and V1 in the
-CPU build (`VLLM_USE_V2_MODEL_RUNNER` decides). V2 runs here under Triton's interpreter, and a row there rests on one
-batch in which each request asks for something else: one form of structured output, one prefix hit, one stop string. An
-empty runner means no test there, not a known fault. `python tests/feature_list.py` writes this page from the tests' marks, and
-`tests/test_feature_matrix.py` holds it to them.
+were accepted and rejected (by vLLM's own counters). vLLM 0.32 takes model runner V2 by default where Triton is
+installed, as on GPUs, and V1 in the CPU build (`VLLM_USE_V2_MODEL_RUNNER` decides). V2 runs here under Triton's
+interpreter, and a row there rests on one batch in which each request asks for something else: one form of structured
+output, one prefix hit, one stop string. An empty runner means no test there, not a known fault. `python
+tests/feature_list.py` writes this page from the tests' marks, and `tests/test_feature_matrix.py` holds it to them.
 
 | feature | state | V1 | V2 | proven by | note |
 |---|---|---|---|---|---|

@@ -130,6 +130,22 @@ def keep_async_scheduling() -> None:
     CpuPlatform.check_and_update_config = classmethod(keep)
 
 
+def record_drafts(llm: Any) -> list[tuple[list[int], list[int]]]:
+    """A list that fills with the verified tokens of a request and what was drafted after them, one entry a draft."""
+    scheduler, drafts = llm.llm_engine.engine_core.engine_core.scheduler, []
+    update = scheduler.update_draft_token_ids
+
+    def recording(found: Any) -> None:
+        update(found)
+        for name, tokens in zip(found.req_ids, found.draft_token_ids, strict=True):
+            request = scheduler.requests.get(name)
+            if request is not None and request.spec_token_ids:
+                drafts.append((list(request.all_token_ids), list(tokens)))
+
+    scheduler.update_draft_token_ids = recording
+    return drafts
+
+
 def accept_too_often() -> None:
     """A wrong sampler: drafts pass with their probability over 0.75."""
     from vllm.v1.sample import rejection_sampler
@@ -163,11 +179,12 @@ def run_case(case: dict) -> dict:
         "draft_tensor_parallel_size": speculative and speculative.draft_tensor_parallel_size,
         "quantization": config.model_config.quantization,
     }
+    drafts = record_drafts(llm) if case.get("record") else []
     steps = [run_step(llm, step) for step in case["steps"]]
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
-    return {"facts": facts, "steps": steps}
+    return {"facts": facts, "steps": steps, "drafts": drafts}
 
 
 def main() -> None:

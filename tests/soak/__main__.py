@@ -39,7 +39,7 @@ def main(
     seed: int = 0,
     known: Annotated[int, typer.Option(help="Greedy requests whose texts are compared.")] = 48,
     max_num_seqs: Annotated[int, typer.Option(help="Requests the server decodes at once; the others queue.")] = 24,
-    kv_blocks: Annotated[int, typer.Option(help="KV blocks (128 tokens each): few, so that they run out.")] = 64,
+    kv_blocks: Annotated[int, typer.Option(help="KV blocks (128 tokens each): as few as a small machine has.")] = 64,
     limit_minutes: Annotated[float, typer.Option(help="Give up, and fail, after this time.")] = 90,
     with_faults: Annotated[bool, typer.Option("--faults/--no-faults", help="Kill processes after the load.")] = True,
     gumiho: Annotated[bool, typer.Option("--gumiho/--without-gumiho", help="Without: vLLM alone, to compare.")] = True,
@@ -69,7 +69,7 @@ def main(
         calls = mix(seed, requests, requests_known, sizes["max_model_len"])
         run_load(server, calls, concurrency, texts, report, lambda line: console.print(line, highlight=False))
         if with_faults:
-            left = faults.kill_server(server)
+            left = faults.kill_server(server, requests_known, report)
             report.promise(
                 "a killed server leaves no more processes than one without Gumiho", left == left_by_plain,
                 f"{', '.join(left) or 'none'}; without: {', '.join(left_by_plain) or 'none'}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from soak.load import Report, run_calls
 from soak.server import Server
@@ -31,13 +32,44 @@ def fill_cache(port: int, max_model_len: int, tokens: int) -> None:
         raise RuntimeError(f"filling the cache {bad[0].state}: {bad[0].detail}")
 
 
-def kill_server(server: Server) -> list[str]:
-    """SIGKILL the API server.  Returns the names of processes that outlive it by a minute, after ending those too."""
+def kill_server(server: Server, known: dict | None = None, report: Report | None = None) -> list[str]:
+    """SIGKILL the API server, under requests where there is a report, which must end with an error.
+
+    Returns the names of processes that outlive it by a minute, after ending those too.
+    """
     assert server.process is not None
-    server.process.kill()
+    if report is None:
+        server.process.kill()
+    else:
+        kill_under_requests(server.port, known or {}, server.process.kill, report, "a killed server")
     left = server.leftovers()
     server.end()
     return left
+
+
+def kill_under_requests(port: int, known: dict, kill: Callable[[], None], report: Report, what: str) -> None:
+    """Kill a process while long requests decode: each must end with an error, and none hang."""
+    long = [
+        Call("in flight", path, body | {"max_tokens": 400, "ignore_eos": True}) for path, body in list(known.values())
+        if "structured_outputs" not in body
+    ][:8]  # fmt: skip
+
+    async def scene() -> list[Outcome]:
+        running = asyncio.create_task(run_calls(port, long, len(long)))
+        await asyncio.sleep(5)
+        kill()
+        return await asyncio.wait_for(running, GIVE_UP_S)
+
+    begin = time.monotonic()
+    try:
+        outcomes = asyncio.run(scene())
+        states = [o.state for o in outcomes]
+        report.promise(
+            f"requests of {what} end with an error", states == ["failed"] * 8,
+            f"{len(states)} ended within {time.monotonic() - begin - 5:.0f} s; first: {outcomes[0].detail[:80]}",
+        )  # fmt: skip
+    except asyncio.TimeoutError:
+        report.promise(f"requests of {what} end with an error", False, f"some hang after {GIVE_UP_S} s")
 
 
 def restart(server: Server, known: dict, texts: dict[str, str], report: Report, after: str) -> None:
@@ -51,30 +83,9 @@ def restart(server: Server, known: dict, texts: dict[str, str], report: Report, 
 
 def kill_child(server: Server, name: str, known: dict, report: Report) -> None:
     """SIGKILL a process behind the API under requests: they must end with an error, and the server must tell."""
-    what = f"a killed {name}"
-    long = [
-        Call("in flight", path, body | {"max_tokens": 400, "ignore_eos": True}) for path, body in list(known.values())
-        if "structured_outputs" not in body
-    ][:8]  # fmt: skip
-
-    async def scene() -> list[Outcome]:
-        running = asyncio.create_task(run_calls(server.port, long, len(long)))
-        await asyncio.sleep(5)
-        child = server.child(name)
-        assert child is not None
-        child.kill()
-        return await asyncio.wait_for(running, GIVE_UP_S)
-
-    begin = time.monotonic()
-    try:
-        outcomes = asyncio.run(scene())
-        states = [o.state for o in outcomes]
-        report.promise(
-            f"requests of {what} end with an error", states == ["failed"] * len(long),
-            f"{len(states)} ended within {time.monotonic() - begin - 5:.0f} s; first: {outcomes[0].detail[:80]}",
-        )  # fmt: skip
-    except asyncio.TimeoutError:
-        report.promise(f"requests of {what} end with an error", False, f"some hang after {GIVE_UP_S} s")
+    what, child = f"a killed {name}", server.child(name)
+    assert child is not None
+    kill_under_requests(server.port, known, child.kill, report, what)
     assert server.process is not None
     end = time.monotonic() + GIVE_UP_S
     while server.process.poll() is None and server.health() == 200 and time.monotonic() < end:
