@@ -13,8 +13,8 @@ from pathlib import Path
 NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+def watch_network() -> list[str]:
+    """A list that fills with every attempt to reach a network from now on, one entry an attempt."""
     attempts: list[str] = []
 
     def watch(event: str, arguments: tuple) -> None:
@@ -22,7 +22,14 @@ def main() -> None:
             attempts.append(f"{event} {arguments[-1] if event == 'socket.connect' else arguments[0]}")
 
     sys.addaudithook(watch)
+    return attempts
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    attempts = watch_network()
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models.utils import get_draft_quant_config
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
@@ -31,7 +38,14 @@ def main() -> None:
         defaults = {"model": job["model"], "skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 256}
         try:
             config = EngineArgs(**(defaults | arguments)).create_engine_config()
-            results[name] = {"k": config.speculative_config and config.speculative_config.num_speculative_tokens}
+            speculative = config.speculative_config
+            results[name] = {"k": speculative and speculative.num_speculative_tokens}
+            if config.quant_config is not None:
+                draft = get_draft_quant_config(config) if speculative else None
+                results[name] |= {
+                    "target quantised by": type(config.quant_config).__name__,
+                    "draft by": draft and str(draft),
+                }
         except Exception as error:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
     Path(sys.argv[2]).write_text(json.dumps({"results": results, "network": attempts}))

@@ -17,9 +17,8 @@ from types import SimpleNamespace
 
 
 def prepare(runner: str) -> None:
-    os.environ.update(
-        HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="INFO"
-    )
+    os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="INFO")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     if os.environ.get("GUMIHO_TESTS_ON_GPU"):
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner == "v2"))

@@ -41,7 +41,8 @@ FEATURES: dict[str, tuple[str, str]] = {
     "custom logits processors": (LIKE_EAGLE, "by vLLM, with any speculation"),
     "per-request seeds": (
         "repeatable",
-        "not the draws of speculation off; the CPU build fails with a seeded prompt in chunks, with or without Gumiho",
+        "not the draws of speculation off, and others again where a step's token budget cuts drafts short; the CPU "
+        "build fails with a seeded prompt in chunks, with or without Gumiho",
     ),
     "n > 1": (SAME, ""),
     "structured output: JSON schema, regex, grammar, choice": (SAME, "xgrammar"),
@@ -49,8 +50,16 @@ FEATURES: dict[str, tuple[str, str]] = {
     "tensor parallel": (SAME, "2 workers; draft over both or one; heads whole on each, or shared out"),
     "data parallel": (SAME, "2 engines; `LLM` alone refuses it as without Gumiho"),
     "pipeline parallel": (REFUSED, "the embedding and the LM head are on different workers"),
-    "quantised target (compressed-tensors W8A8 on the CPU)": (SAME, ""),
-    "LoRA adapters on the target": (SAME, "drafts are made without the adapter"),
+    "quantised target (on the CPU: compressed-tensors W8A8, GPTQ, AWQ)": (SAME, ""),
+    "quantised target in formats for GPUs": (
+        "draft unquantised",
+        "FP8, NVFP4, MXFP4, and FP8 made at the start: the engine's config is made; the engine itself is untested",
+    ),
+    "LoRA adapters on the target": (
+        SAME,
+        "drafts are made without the adapter; V2 of vLLM 0.32 fails in the CPU build with any draft model (tested with "
+        "EAGLE too); by its source it applies adapters of the LM head to wrong rows with any draft",
+    ),
     "sleep and wake": (LIKE_OFF, "the CPU build has no sleep mode; untested on a GPU"),
     "embedding models": (UNTOUCHED, ""),
     "n-gram and EAGLE speculation, and none": (UNTOUCHED, ""),
@@ -62,9 +71,11 @@ Each row is proven by tests that start real engines, on the CPU build of vLLM 0.
 *Same tokens* means token ids, text and reasons of ending equal to speculation off under greedy decoding, while drafts
 were accepted and rejected (by vLLM's own counters). vLLM 0.32 takes model runner V2 by default where Triton is
 installed, as on GPUs, and V1 in the CPU build (`VLLM_USE_V2_MODEL_RUNNER` decides). V2 runs here under Triton's
-interpreter, and a row there rests on one batch in which each request asks for something else: one form of structured
-output, one prefix hit, one stop string. An empty runner means no test there, not a known fault. `python
-tests/feature_list.py` writes this page from the tests' marks, and `tests/test_feature_matrix.py` holds it to them.
+interpreter, and most rows there rest on one batch in which each request asks for something else. An empty runner means
+no test there, not a known fault, unless the note says so. What is drafted is compared too: with a drafter of random
+layers, drafts after chunked prefill, prefix hits and preemption, and those of two tensor-parallel workers (V1), are
+those of a request that ran alone. `python tests/feature_list.py` writes this page from the tests' marks, and
+`tests/test_feature_matrix.py` holds it to them.
 
 | feature | state | V1 | V2 | proven by | note |
 |---|---|---|---|---|---|

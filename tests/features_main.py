@@ -2,18 +2,20 @@
 
 A job is ``{"runner": "v1" | "v2", "cases": {name: {"llm": {...}, "steps": [{"do": kind, ...}]}}}``; the kinds are the
 keys of `STEPS`.  A case's result has the engine's facts and one entry a step: what the step returned, or its error,
-and by how much vLLM's own counters grew in it.
+and by how much vLLM's own counters grew in it; and the process's attempts to reach a network.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import socket
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
+from config_main import watch_network
 from engine_main import prepare
 
 COUNTERS = {
@@ -102,7 +104,12 @@ def embed(llm: Any, step: dict) -> list[list[float]]:
     return [output.outputs.embedding for output in llm.embed(as_prompts(step["prompts"]), use_tqdm=False)]
 
 
-STEPS = {"generate": generate, "traffic": traffic, "embed": embed}
+def reach(llm: Any, step: dict) -> int:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", step["port"]))
+
+
+STEPS = {"generate": generate, "traffic": traffic, "embed": embed, "reach": reach}
 
 
 def run_step(llm: Any, step: dict) -> dict:
@@ -132,6 +139,8 @@ def keep_async_scheduling() -> None:
 
 def record_drafts(llm: Any) -> list[tuple[list[int], list[int]]]:
     """A list that fills with the verified tokens of a request and what was drafted after them, one entry a draft."""
+    if llm.llm_engine.vllm_config.use_v2_model_runner:
+        return _record_speculator(llm.llm_engine.model_executor.driver_worker.worker.model_runner)
     scheduler, drafts = llm.llm_engine.engine_core.engine_core.scheduler, []
     update = scheduler.update_draft_token_ids
 
@@ -146,6 +155,23 @@ def record_drafts(llm: Any) -> list[tuple[list[int], list[int]]]:
     return drafts
 
 
+def _record_speculator(runner: Any) -> list[tuple[list[int], list[int]]]:
+    """Model runner V2 keeps draft tokens from the scheduler: they are read where they are made."""
+    states, drafts, propose = runner.req_states, [], runner.speculator.propose
+
+    def recording(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        found = propose(input_batch, *args, **kwargs)
+        num_sampled = args[4]
+        for row, slot in enumerate(input_batch.idx_mapping.tolist()):
+            if num_sampled[row] > 0:  # else more of its prompt is to come
+                text = states.all_token_ids.gpu[slot, : int(states.total_len.gpu[slot])]
+                drafts.append((text.tolist(), found[row].tolist()))
+        return found
+
+    runner.speculator.propose = recording
+    return drafts
+
+
 def accept_too_often() -> None:
     """A wrong sampler: drafts pass with their probability over 0.75."""
     from vllm.v1.sample import rejection_sampler
@@ -157,7 +183,7 @@ def accept_too_often() -> None:
 PLANTS = {"accepts too often": accept_too_often}
 
 
-def run_case(case: dict) -> dict:
+def run_case(case: dict, attempts: list[str]) -> dict:
     from vllm import LLM
 
     if "plant" in case:
@@ -167,6 +193,7 @@ def run_case(case: dict) -> dict:
     defaults = {
         "dtype": "float32", "max_model_len": 256, "enforce_eager": True, "max_num_seqs": 8, "disable_log_stats": False,
     }  # fmt: skip
+    before = len(attempts)
     llm = LLM(**(defaults | case["llm"]))
     config = llm.llm_engine.vllm_config
     speculative = config.speculative_config
@@ -184,16 +211,17 @@ def run_case(case: dict) -> dict:
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
-    return {"facts": facts, "steps": steps, "drafts": drafts}
+    return {"facts": facts, "steps": steps, "drafts": drafts, "network": attempts[before:]}
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     prepare(job["runner"])
+    attempts = watch_network()
     results = {}
     for name, case in job["cases"].items():
         try:
-            results[name] = run_case(case)
+            results[name] = run_case(case, attempts)
         except Exception as error:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
             traceback.print_exc()

@@ -142,6 +142,41 @@ def write_int8(source: Path, folder: Path) -> Path:
     return folder
 
 
+def write_int4(source: Path, folder: Path, method: str, group: int = 32) -> Path:
+    """The target with 4-bit weights, a scale (and with AWQ a zero point) for every ``group`` inputs: gptq or awq."""
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        groups = weights.pop(name).T.unflatten(0, (-1, group))  # [inputs / group, group, outputs]
+        scale = groups.abs().amax(1, keepdim=True) / 7
+        levels = ((groups / scale).round() + 8).flatten(0, 1).to(torch.int32)
+        zeros = torch.full((len(groups), levels.shape[1]), 8, dtype=torch.int32)
+        base = name.removesuffix("weight")
+        weights[f"{base}scales"] = scale.squeeze(1).to(torch.float16)
+        if method == "gptq":
+            # GPTQ stores zero points less one.
+            weights[f"{base}qweight"], weights[f"{base}qzeros"] = packed(levels.T).T.contiguous(), packed(zeros - 1)
+            weights[f"{base}g_idx"] = torch.arange(len(levels), dtype=torch.int32) // group
+        else:
+            order = [0, 2, 4, 6, 1, 3, 5, 7]
+            weights[f"{base}qweight"], weights[f"{base}qzeros"] = packed(levels, order), packed(zeros, order)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "gptq": {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": True, "desc_act": False},
+        "awq": {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"},
+    }[method]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def packed(levels: Tensor, order: list[int] | None = None) -> Tensor:
+    """Eight 4-bit values of a row in each int32, the first in the lowest bits: ``[N, M]`` -> ``[N, M / 8]``."""
+    eights = levels.unflatten(1, (-1, 8))[:, :, order or list(range(8))].to(torch.int64)
+    words = (eights << (4 * torch.arange(8))).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
 def write_adapter(folder: Path, seed: int, rank: int = 4, scale: float = 0.1) -> Path:
     """A random LoRA adapter on the target's query and output projections, in PEFT's layout."""
     folder.mkdir(parents=True)

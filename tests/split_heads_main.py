@@ -56,7 +56,12 @@ def one_rank(args: argparse.Namespace) -> list[dict]:
     os.environ["VLLM_DIST_IDENT"] = f"split-{args.port}"
     import torch
     from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.distributed import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
 
     from vllm_gumiho.parallel_heads import SPLIT_VARIABLE, ParallelHeads
 
@@ -101,6 +106,10 @@ def one_rank(args: argparse.Namespace) -> list[dict]:
                         "largest": expected.abs().max().item(),
                         "whole ms": milliseconds(whole, m, count), "split ms": milliseconds(split, m, count),
                     })  # fmt: skip
+        # A rank that leaves while another still reads from it aborts at exit.
+        torch.distributed.barrier()
+        destroy_model_parallel()
+        destroy_distributed_environment()
     return cells
 
 

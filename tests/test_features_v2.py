@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import predictable
@@ -13,21 +14,40 @@ pytestmark = pytest.mark.engine
 CHUNK, BLOCK, LONGEST = 48, 32, 96
 LONG_PROMPT = [2 + (i * 7 + i // 5) % (predictable.VOCAB - 2) for i in range(70)]
 REGEX = "[a-z]{4,8}-[0-9]{3}"
+SCHEMA = {
+    "type": "object", "properties": {"kind": {"enum": ["abcdef", "uvwxyz"]}}, "required": ["kind"],
+    "additionalProperties": False,
+}  # fmt: skip
+CHOICE = ["abcdefghij", "uvwxyz", "0123456789"]
+STRUCTURES = {
+    "regex": {"regex": REGEX}, "json": {"json": SCHEMA}, "choice": {"choice": CHOICE},
+    "grammar": {"grammar": 'root ::= [a-z]{4,6} "; " [0-9]{3,5}'},
+}  # fmt: skip
 REQUESTS = {
     "long": (LONG_PROMPT, {}),
-    "eos": (encode("uv"), {"ignore_eos": False}),
     "min_tokens": (encode("uv"), {"ignore_eos": False, "min_tokens": 10}),
-    "stop": (encode("12 "), {"stop": ["TU"]}),
-    "max_tokens": (encode("0123"), {"max_tokens": 5}),
     "logprobs": (encode("abc"), {"logprobs": 3}),
     "prompt_logprobs": (encode("The quick"), {"prompt_logprobs": 3}),
     "penalties": (encode("{}[]!"), {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5}),
     "bad words": (encode("12 "), {"bad_words": ["S"]}),
     "allowed": (encode("abc"), {"allowed_token_ids": encode("abcdefgh01234")}),
-    "regex": (encode("abc"), {"structured_outputs": {"regex": REGEX}, "ignore_eos": False}),
-    "seed": (encode("abc"), {"temperature": 1.0, "seed": 5}),
+    # n > 1 is for sampled requests only; vLLM's top-k kernel does not run under the interpreter.
+    "n": (encode("abc"), {"n": 3, "temperature": 0.01}),
+    **{
+        name: (encode("abc"), {"structured_outputs": structure, "ignore_eos": False, "max_tokens": 24})
+        for name, structure in STRUCTURES.items()
+    },
 }
 NAMES = list(REQUESTS)
+# Requests that end inside a draft, one reason a step: the accepted tokens that were not given out show that they did.
+ENDS = {
+    "eos": generate([encode("uv"), encode("u"), encode("pqrstuvw")], greedy(14, ignore_eos=False)),
+    "stop": generate([encode("12 "), encode("abc")], greedy(14, stop=["TU", "ij", "n"])),
+    "max_tokens": generate([encode("0123")] * 5, [greedy(length) for length in (1, 2, 3, 5, 7)]),
+}
+# Alone and beside others: no batch so large that a step has no room for every draft, which shifts what is drawn when.
+SEEDED = greedy(14, temperature=1.0, seed=5)
+SHORT = [encode("The quick"), encode("12 ")]
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +57,35 @@ def results(tmp_path_factory):
     prompts = [prompt for prompt, _ in REQUESTS.values()]
     steps = {
         "batch": generate(prompts, [greedy(14) | fields for _, fields in REQUESTS.values()]),
-        "again": generate([LONG_PROMPT, REQUESTS["seed"][0]], [greedy(6), greedy(14) | REQUESTS["seed"][1]]),
+        "seed": generate([encode("abc")], SEEDED),
+        "again": generate([LONG_PROMPT, encode("abc")], [greedy(6), SEEDED]),
+        **ENDS,
     }
-    settings = {"block_size": BLOCK, "max_num_batched_tokens": CHUNK, "max_num_seqs": 12}
+    settings = {
+        "block_size": BLOCK, "max_num_batched_tokens": CHUNK, "max_num_seqs": 16,
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+    }  # fmt: skip
     cases = pair(target, checkpoint, steps, **settings)
     few = settings | {"num_gpu_blocks_override": 8, "max_model_len": LONGEST, "max_num_seqs": 3}
     cases |= pair(target, checkpoint, small_cache_steps(), "few", **few)
+    layer = {"hidden_size": predictable.HIDDEN, "vocab_size": predictable.VOCAB, "intermediate_size": 48}
+    config = predictable.tiny.target_config(**layer, max_position_embeddings=48)
+    short = predictable.write_checkpoint(folder / "short", config=config)
+    cases["short"] = pair(target, short, {"preemption": small_cache_steps()["preemption"]}, **few)["on"]
+    return run(folder, cases, "v2")
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Other targets and settings, with few requests each."""
+    folder = tmp_path_factory.mktemp("v2others")
+    target, checkpoint = predictable.write_target(folder / "target"), predictable.write_checkpoint(folder / "gumiho")
+    plain = {"plain": generate(SHORT, greedy(10))}
+    cases = pair(predictable.write_int8(target, folder / "int8"), checkpoint, plain, "int8")
+    lora = pair(target, checkpoint, plain, "lora", enable_lora=True)
+    eagle = {"method": "eagle", "model": str(predictable.write_eagle(folder / "eagle")), "num_speculative_tokens": 3}
+    cases |= lora | {"lora eagle": lora["lora on"] | {"llm": lora["lora on"]["llm"] | {"speculative_config": eagle}}}
+    cases |= pair(target, checkpoint, plain, "async", async_scheduling=True)
     return run(folder, cases, "v2")
 
 
@@ -62,15 +105,13 @@ def request(results: dict, case: str, name: str) -> dict:
 
 
 @pytest.mark.feature("chunked prefill", "V2")
-@pytest.mark.feature("end of sequence inside a draft", "V2")
 @pytest.mark.feature("min_tokens", "V2")
-@pytest.mark.feature("stop strings and stop tokens", "V2")
-@pytest.mark.feature("max_tokens reached inside a draft", "V2")
 @pytest.mark.feature("repetition, presence and frequency penalties", "V2")
 @pytest.mark.feature("bad words", "V2")
 @pytest.mark.feature("allowed tokens", "V2")
+@pytest.mark.feature("n > 1", "V2")
 @pytest.mark.feature("structured output: JSON schema, regex, grammar, choice", "V2")
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "seed"])
+@pytest.mark.parametrize("name", NAMES)
 def test_each_request_gives_the_same_tokens(results, name):
     assert results["on"]["facts"]["runner"] == "v2"
     off, on = request(results, "off", name), request(results, "on", name)
@@ -82,14 +123,27 @@ def test_each_request_gives_the_same_tokens(results, name):
 
 def test_the_requests_got_what_they_asked_for(results):
     found = {name: request(results, "on", name) for name in NAMES}
-    assert found["eos"]["tokens"][0][-1] == EOS
-    assert len(found["min_tokens"]["tokens"][0]) >= 10 > len(found["eos"]["tokens"][0])
-    assert found["stop"]["finish"] == ["stop"]
-    assert len(found["max_tokens"]["tokens"][0]) == 5
+    assert len(found["min_tokens"]["tokens"][0]) >= 10 > len(tokens(step(results, "on", "eos"))[0][0])
     assert "S" not in found["bad words"]["texts"][0]
     assert set(found["allowed"]["texts"][0]) <= set("abcdefgh01234")
+    assert found["n"]["tokens"] == [found["logprobs"]["tokens"][0]] * 3
     assert re.fullmatch(REGEX, found["regex"]["texts"][0])
-    assert cut_tokens(step(results, "on", "batch")) > 0, "no request ended inside a draft"
+    assert json.loads(found["json"]["texts"][0])["kind"] in SCHEMA["properties"]["kind"]["enum"]
+    assert found["choice"]["texts"][0] in CHOICE
+    assert re.fullmatch("[a-z]{4,6}; [0-9]{3,5}", found["grammar"]["texts"][0])
+    assert [found[name]["finish"] for name in STRUCTURES] == [["stop"]] * len(STRUCTURES)
+
+
+@pytest.mark.feature("end of sequence inside a draft", "V2")
+@pytest.mark.feature("stop strings and stop tokens", "V2")
+@pytest.mark.feature("max_tokens reached inside a draft", "V2")
+@pytest.mark.parametrize("name", ENDS)
+def test_requests_that_end_inside_a_draft(results, name):
+    on = assert_same(results, name, rejected=False)
+    assert cut_tokens(on) > 0, "no request ended inside a draft"
+    if name == "eos":
+        assert all(ids[0][-1] == EOS for ids in tokens(on))
+    assert ("length" if name == "max_tokens" else "stop") in {output["finish"][0] for output in on["result"]}
 
 
 @pytest.mark.feature("logprobs", "V2")
@@ -110,7 +164,8 @@ def test_a_prompt_seen_before_and_a_seed_give_the_same_again(results):
     assert again["counts"]["prefix_hits"] == BLOCK
     long, seeded = tokens(again)
     assert long[0] == request(results, "off", "long")["tokens"][0][:6]
-    assert seeded == request(results, "on", "seed")["tokens"]
+    assert [seeded] == tokens(step(results, "on", "seed"))
+    assert step(results, "on", "seed")["counts"]["accepted"] > 0
     assert tokens(step(results, "off", "again"))[0] == long
 
 
@@ -120,6 +175,12 @@ def test_preempted_requests_are_computed_again_up_to_the_last_position(results):
     on = assert_same(results, "preemption", "few on", "few off")
     assert on["counts"]["preemptions"] > 0
     assert [len(ids[0]) for ids in tokens(on)] == [LONGEST - 34] * 3
+
+
+@pytest.mark.feature("positions beyond the draft's max_position_embeddings", "V2")
+def test_drafts_go_on_beyond_the_drafts_own_length(results):
+    on = assert_same(results, "preemption", "short", "few off")
+    assert on["counts"]["accepted"] == step(results, "few on", "preemption")["counts"]["accepted"]
 
 
 @pytest.mark.feature("requests joining, finishing and aborted", "V2")
@@ -133,3 +194,25 @@ def test_requests_come_and_go_in_mid_draft(results):
         assert a["tokens"][0][:length] == b["tokens"][0][:length], f"request {i}"
         assert i in (1, 3) or length == 16
     assert on["result"]["cache_usage"] == 0
+
+
+def test_adapters_fail_in_the_cpu_build_as_with_eagle(others):
+    """vLLM 0.32's V2 maps adapters to one row of logits a request, and speculation has K + 1 of them."""
+    for case in ("lora on", "lora eagle"):
+        assert "einsum(): subscript b has size 2" in others[case]["steps"]["plain"]["error"]
+    step(others, "lora off", "plain")
+
+
+@pytest.mark.feature("quantised target (on the CPU: compressed-tensors W8A8, GPTQ, AWQ)", "V2")
+def test_a_target_in_eight_bits(others):
+    assert_same(others, "plain", "int8 on", "int8 off")
+    assert others["int8 on"]["facts"]["quantization"] == "compressed-tensors"
+
+
+@pytest.mark.feature("async scheduling", "V2")
+def test_async_scheduling(others):
+    on = assert_same(others, "plain", "async on", "async off")
+    assert tokens(on) == tokens(step(others, "lora off", "plain"))
+    assert others["async on"]["facts"]["async_scheduling"]
+    assert others["async on"]["facts"]["batches_in_flight"] == 2
+    assert not others["lora on"]["facts"]["async_scheduling"]

@@ -207,8 +207,8 @@ def test_the_measuring_engine_has_the_users_settings():
     settings = engine_settings(engine, target(), 4)
     assert settings == {
         "model": "org/target", "dtype": "float32", "trust_remote_code": True, "hf_overrides": {"a": 1},
-        "kv_cache_dtype": "auto", "enforce_eager": True, "tensor_parallel_size": 1, "max_model_len": 512,
-        "max_num_seqs": 4, "enable_prefix_caching": False, "disable_log_stats": False,
+        "kv_cache_dtype": "auto", "load_format": "auto", "enforce_eager": True, "tensor_parallel_size": 1,
+        "max_model_len": 512, "max_num_seqs": 4, "enable_prefix_caching": False, "disable_log_stats": False,
     }  # fmt: skip
 
 

@@ -1,0 +1,24 @@
+"""An engine that drafts reaches for no network that the same engine without Gumiho does not reach for."""
+
+from __future__ import annotations
+
+import pytest
+from features import generate, greedy, run, step
+
+pytestmark = pytest.mark.engine
+# A port that nothing listens on: what the watch must see.
+PLANTED = 9
+
+
+def test_nothing_is_reached_for_that_vllm_does_not_reach_for(tmp_path, embedded_target):
+    """The embedded target with the bundled head, from start to shutdown, by names alone and with the Hub allowed."""
+    steps = {"plain": generate(["The capital of France is"], greedy(8))}
+    settings = {"model": str(embedded_target)}
+    cases = {
+        "off": {"llm": settings, "steps": steps | {"planted": {"do": "reach", "port": PLANTED}}},
+        "on": {"llm": settings | {"speculative_config": {"method": "gumiho"}}, "steps": steps},
+    }
+    results = run(tmp_path, cases, env={"HF_HUB_OFFLINE": "0"})
+    assert step(results, "on", "plain")["counts"]["drafts"] > 0
+    assert f"socket.connect ('127.0.0.1', {PLANTED})" in results["off"]["network"]
+    assert set(results["on"]["network"]) <= set(results["off"]["network"])

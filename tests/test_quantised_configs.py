@@ -1,0 +1,67 @@
+"""Targets quantised in formats whose kernels are for GPUs: the engine's config is made, the draft stays unquantised."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import predictable
+import pytest
+from features import gumiho
+
+FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
+FORMATS = {
+    "FP8": ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "Fp8Config"),
+    "FP8 in blocks": (
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}, "Fp8Config",
+    ),
+    "FP8 by compressed-tensors": (
+        {
+            "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
+            "ignore": ["lm_head"], "config_groups": {"group_0": {
+                "targets": ["Linear"], "weights": FLOAT8 | {"strategy": "channel", "dynamic": False},
+                "input_activations": FLOAT8 | {"strategy": "token", "dynamic": True},
+            }},
+        },
+        "CompressedTensorsConfig",
+    ),
+    "NVFP4": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "exclude_modules": []},
+        "ModelOptNvFp4Config",
+    ),
+    "MXFP4": ({"quant_method": "mxfp4"}, "Mxfp4Config"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantised")
+    target, checkpoint = predictable.write_target(folder / "target"), predictable.write_checkpoint(folder / "gumiho")
+    common = {"dtype": "bfloat16", "speculative_config": gumiho(checkpoint)}
+    cases = {"online": common | {"quantization": "fp8"}}
+    for name, (quantization, _) in FORMATS.items():
+        quantised = folder / name
+        quantised.mkdir()
+        config = json.loads((target / "config.json").read_text()) | {"quantization_config": quantization}
+        (quantised / "config.json").write_text(json.dumps(config))
+        cases[name] = common | {"model": str(quantised)}
+    job, result = folder / "job.json", folder / "result.json"
+    job.write_text(json.dumps({"model": str(target), "cases": cases}))
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("config_main.py")), str(job), str(result)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(result.read_text())["results"]
+
+
+@pytest.mark.engine
+@pytest.mark.feature("quantised target in formats for GPUs", "V1")
+@pytest.mark.feature("quantised target in formats for GPUs", "V2")
+@pytest.mark.parametrize("name", [*FORMATS, "online"])
+def test_a_quantised_target_leaves_the_draft_as_it_is(configs, name):
+    wanted = "OnlineQuantizationConfig" if name == "online" else FORMATS[name][1]
+    assert configs[name] == {"k": 7, "target quantised by": wanted, "draft by": None}
