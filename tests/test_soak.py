@@ -68,7 +68,7 @@ def test_a_small_load_keeps_every_promise(tmp_path, embedded_target):
     done = subprocess.run(
         [
             sys.executable, str(SOAK), "--requests", "60", "--concurrency", "8", "--known", "12", "--no-faults",
-            "--target", str(embedded_target), "--output", str(output),
+            "--kv-blocks", "12", "--target", str(embedded_target), "--output", str(output),
         ],
         capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip

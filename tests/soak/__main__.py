@@ -39,7 +39,9 @@ def main(
     seed: int = 0,
     known: Annotated[int, typer.Option(help="Greedy requests whose texts are compared.")] = 48,
     max_num_seqs: Annotated[int, typer.Option(help="Requests the server decodes at once; the others queue.")] = 24,
-    kv_blocks: Annotated[int, typer.Option(help="KV blocks (128 tokens each): as few as a small machine has.")] = 64,
+    kv_blocks: Annotated[
+        int, typer.Option(help="KV blocks (128 tokens each): few, so that requests are preempted.")
+    ] = 24,
     limit_minutes: Annotated[float, typer.Option(help="Give up, and fail, after this time.")] = 90,
     with_faults: Annotated[bool, typer.Option("--faults/--no-faults", help="Kill processes after the load.")] = True,
     gumiho: Annotated[bool, typer.Option("--gumiho/--without-gumiho", help="Without: vLLM alone, to compare.")] = True,

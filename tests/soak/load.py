@@ -82,11 +82,15 @@ def run_load(
     _judge_memory([(finished, sum(sizes.values())) for finished, sizes in memory], len(calls), report)
     left = server.open_files() - files
     report.promise("no open files left behind", left <= OPEN_FILES_SLACK, f"{left:+d} after the load")
+    speculation = _speculation(before, idle)
+    report.promise(
+        "the KV cache ran out under load", speculation["preemptions"] > 0, f"{speculation['preemptions']} preemptions"
+    )
     report.figures |= {
         "seconds of load": round(seconds, 1), "memory MiB by finished calls": {
             finished: {name: size >> 20 for name, size in sizes.items()} for finished, sizes in memory
         },
-    } | _speculation(before, idle)  # fmt: skip
+    } | speculation  # fmt: skip
 
 
 def _judge_answers(outcomes: list[Outcome], texts: dict[str, str], report: Report) -> None:

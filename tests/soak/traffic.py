@@ -24,9 +24,14 @@ QUESTIONS = ("Write one sentence about {}.", "List three words about {}:", "Why 
 RULES = "You are a helpful assistant. Answer briefly, in plain words, and do not repeat the question. " * 16
 
 # Kind of call: its share of the mix, in per cent.
-GOOD = {"completion": 20, "completion, streamed": 16, "chat": 10, "chat, streamed": 8, "structured": 3, "sampled": 10}
+GOOD = {
+    "completion": 18, "completion, streamed": 14, "long": 4, "chat": 10, "chat, streamed": 8, "structured": 3,
+    "sampled": 10,
+}  # fmt: skip
 LEAVING = {"hang up in stream": 9, "abort": 7, "half a body": 3}
 BAD = {"malformed": 9, "oversize": 5}
+# Tokens of a long answer: it asks for a new KV block twice or more while it runs.
+LONG_TOKENS = 280
 COMPARED = tuple(kind for kind in GOOD if kind != "sampled")
 
 
@@ -62,7 +67,10 @@ def pool(seed: int, size: int, least_tokens: int, most_tokens: int) -> dict[str,
             "model": MODEL, "temperature": 0, "max_tokens": rng.randint(least_tokens, most_tokens),
         }  # fmt: skip
         shared = RULES if i % 2 else ""
-        if i % 3 == 0:
+        if i % 12 == 5:
+            body |= {"prompt": shared + question, "max_tokens": LONG_TOKENS, "ignore_eos": True}
+            requests[f"long {i}"] = ("/v1/completions", body)
+        elif i % 3 == 0:
             system = [{"role": "system", "content": shared}] if shared else []
             body["messages"] = [*system, {"role": "user", "content": question}]
             requests[f"chat {i}"] = ("/v1/chat/completions", body)
