@@ -112,12 +112,16 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
     target: TargetOption = None,
     int8: Annotated[bool, typer.Option("--int8", help="Store matrices in 8 bits, one scale a row.")] = False,
+    draft_vocab: Annotated[int, typer.Option(help="Draft only the N most frequent tokens of --answers; 0 is all.")] = 0,
+    answers: Annotated[
+        list[Path] | None, typer.Option(help="Answers of 'vllm-gumiho generate', for --draft-vocab.")
+    ] = None,
 ) -> None:
     """Write a checkpoint in the speculators format: safetensors and a full config.json, tensors bit for bit."""
     from vllm_gumiho.catalogue import resolve
     from vllm_gumiho.conversion import convert_checkpoint
 
-    written = convert_checkpoint(resolve(source), destination, target, int8)
+    written = convert_checkpoint(resolve(source), destination, target, int8, draft_vocab, answers or ())
     console.print(f"{written.path}: {len(written.infos)} tensors, K={written.sizes.max_draft_tokens}", highlight=False)
 
 

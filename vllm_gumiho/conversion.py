@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_gumiho.checkpoint import Checkpoint, CheckpointError, open_checkpoint, save_speculators
+import torch
+from torch import Tensor
+
+from vllm_gumiho.checkpoint import D2T, Checkpoint, CheckpointError, open_checkpoint, save_speculators
+from vllm_gumiho.training.data import answer_counts, read_samples
 
 _FROM_TARGET = ("max_position_embeddings", "rms_norm_eps", "rope_parameters", "vocab_size")
 
 
-def convert_checkpoint(source: Path, destination: Path, target: str | None = None, int8: bool = False) -> Checkpoint:
+def convert_checkpoint(
+    source: Path,
+    destination: Path,
+    target: str | None = None,
+    int8: bool = False,
+    draft_vocab: int = 0,
+    answers: Sequence[Path] = (),
+) -> Checkpoint:
     """Write ``source`` as a speculators checkpoint at ``destination``, tensors bit for bit unless ``int8``.
 
     target: whose config fills in what the source's lacks (head counts, RoPE, vocabulary); by default the verifier
     that the source names.
+    draft_vocab: draft only that many of the target's tokens, the most frequent ones of ``answers`` (files or folders
+    as ``vllm-gumiho generate`` writes them); 0 leaves the vocabulary as it is.
 
-    Raises: CheckpointError when the source is unusable, ``destination`` exists and is not empty, or head counts are
-    known from neither the source nor a target.
+    Raises: CheckpointError when the source is unusable, ``destination`` exists and is not empty, head counts are
+    known from neither the source nor a target, or the draft vocabulary cannot be made.  DataError for bad answers.
     """
+    if bool(draft_vocab) != bool(answers):
+        raise CheckpointError(
+            f"--draft-vocab {draft_vocab} with {len(answers)} files of --answers: a draft vocabulary needs both, its "
+            "size and the answers whose most frequent tokens it takes"
+        )
     opened = open_checkpoint(source)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise CheckpointError(f"{destination}: exists and is not empty; give a new folder")
@@ -30,7 +49,27 @@ def convert_checkpoint(source: Path, destination: Path, target: str | None = Non
     if target is not None:
         layer = _fill(layer, target, opened)
     tensors = dict(opened.tensors(keep_int8=not int8))
+    if draft_vocab:
+        tensors[D2T] = _draft_vocabulary(opened, draft_vocab, answers, layer.get("vocab_size"))
     return save_speculators(destination, tensors, target or "unknown", layer, int8)
+
+
+def _draft_vocabulary(opened: Checkpoint, size: int, answers: Sequence[Path], vocab_size: int | None) -> Tensor:
+    """``d2t``: target token id less draft token id, ``[size]`` int64."""
+    if opened.sizes.draft_vocab_size:
+        raise CheckpointError(
+            f"{opened.path}: drafts over {opened.sizes.draft_vocab_size} tokens already; give a head of the whole "
+            "vocabulary"
+        )
+    vocab_size = vocab_size or opened.sizes.vocab_size
+    if vocab_size is None:
+        raise CheckpointError(f"{opened.path}: does not tell its vocabulary; name the target with --target")
+    counts = answer_counts(read_samples(answers, vocab_size), vocab_size)
+    found = int((counts > 0).sum())
+    if not 1 <= size <= found:
+        raise CheckpointError(f"--draft-vocab {size}: these answers have {found} different tokens; give 1 to {found}")
+    ids = counts.argsort(descending=True, stable=True)[:size].sort().values
+    return ids - torch.arange(size)
 
 
 def _fill(layer: dict[str, Any], target: str, opened: Checkpoint) -> dict[str, Any]:

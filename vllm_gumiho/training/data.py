@@ -89,6 +89,18 @@ def split_held_out(samples: list[Sample], fraction: float, seed: int) -> tuple[l
     return order[held_out:], order[:held_out]
 
 
+def answer_counts(samples: Iterable[Sample], vocab_size: int) -> Tensor:
+    """How often each token is an answer token, ``[V]`` int64."""
+    return _counts((sample.tokens() for sample in samples), vocab_size)
+
+
+def _counts(sequences: Iterable[tuple[list[int], list[bool]]], vocab_size: int) -> Tensor:
+    counts = np.zeros(vocab_size, np.int64)
+    for tokens, answered in sequences:
+        np.add.at(counts, np.asarray(tokens)[np.asarray(answered)], 1)
+    return torch.from_numpy(counts)
+
+
 class PackedRows(Dataset):
     """Sequences laid end to end in rows of ``row_length`` tokens; a sequence never crosses a row.
 
@@ -139,8 +151,4 @@ class PackedRows(Dataset):
 
     def token_counts(self, vocab_size: int) -> Tensor:
         """How often each token is an answer token, ``[V]`` int64."""
-        counts = np.zeros(vocab_size, np.int64)
-        for row in self.rows:
-            for tokens, answered in row:
-                np.add.at(counts, np.asarray(tokens)[np.asarray(answered)], 1)
-        return torch.from_numpy(counts)
+        return _counts((sequence for row in self.rows for sequence in row), vocab_size)
