@@ -88,8 +88,9 @@ def planted(tmp_path_factory, tiny_target, tiny_checkpoint):
 
     cache = tmp_path_factory.mktemp("cache")
     engine = EngineArgs(
-        model=str(tiny_target), dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=256
-    )
+        model=str(tiny_target), dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=256,
+        max_num_seqs=2,
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CACHE_ROOT", str(cache))
         for spec, schedule in (({}, [[1, 1, 5], [2, 2, 0]]), ({"draft_sample_method": "probabilistic"}, None)):

@@ -72,6 +72,16 @@ def test_an_idle_drafter_that_costs_too_much_in_large_batches_turns_speculation_
     assert choose(costs, max_loss=0.25).schedule[0][2] == 1
 
 
+def test_what_an_idle_drafter_costs_above_the_measured_sizes_is_said():
+    """Drafts pay at 8, the largest size, where K = 0 would lose 20 %: above it nothing is drafted."""
+    costs = Costs({1: 10.0, 8: 10.0}, {0: {1: 10.1, 8: 12.5}, 1: {1: 10.2, 8: 12.6}}, [0.6])
+    choice = choose(costs)
+    assert choice.schedule == [[1, 8, 1], [9, 9, 0]]
+    assert choice.above == "0.80x expected with K=0 at 8, under 0.95x"
+    assert choose(costs, max_loss=0.25).above is None
+    assert choose(planted(verify=0, draft=0.01)).above is None
+
+
 def test_a_single_length_serves_where_no_schedule_can():
     assert choose(planted(verify=0.01, draft=0.1)).single == 3
     costs = planted(verify=2.0, draft=0.1)

@@ -58,9 +58,9 @@ def stored(checkpoint, **changes) -> dict:
     return record
 
 
-def settle(checkpoint, data_parallel: int = 1, **more):
+def settle(checkpoint, data_parallel: int = 1, max_num_seqs: int | None = 2, **more):
     parallel = SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=data_parallel)
-    return auto.settle(spec_for(checkpoint, **more), fake_engine(), target(), parallel)
+    return auto.settle(spec_for(checkpoint, **more), fake_engine(max_num_seqs=max_num_seqs), target(), parallel)
 
 
 def test_a_stored_schedule_becomes_the_config_and_one_line_of_the_log(checkpoint, cache, caplog):
@@ -94,6 +94,7 @@ def test_data_parallel_engines_get_one_length_or_none(checkpoint, cache, single,
     "changes",
     [
         {"engine": {"enforce_eager": False}}, {"engine": {"tensor_parallel_size": 2}},
+        {"engine": {"max_num_seqs": 1}}, {"engine": {"max_num_seqs": 16}}, {"engine": {"max_num_seqs": None}},
         {"target": {"model": "org/other"}},
         {"spec": {"draft_sample_method": "probabilistic"}},
         {"environment": "1"},
@@ -102,12 +103,40 @@ def test_data_parallel_engines_get_one_length_or_none(checkpoint, cache, single,
 def test_another_setting_is_another_schedule(checkpoint, cache, monkeypatch, changes):
     record = stored(checkpoint)
     spec = spec_for(checkpoint, **changes.get("spec", {}))
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", changes.get("environment", "0"))
+    if "environment" in changes:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", changes["environment"])
     key = storage.identity(
         fake_engine(**changes.get("engine", {})), target(**changes.get("target", {})), checkpoint, spec
     )
     assert storage.path_of(key) != storage.path_of(record["key"])
     assert storage.load(key) is None
+
+
+def test_servers_that_may_decode_more_than_is_measured_share_a_schedule():
+    assert [storage.largest_batch(fake_engine(max_num_seqs=most)) for most in (1, 15, 16, 17, 256, None)] == [
+        1, 15, 16, 16, 16, 16,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("max_num_seqs", "drafts"), [(16, True), (17, False), (None, False)])
+def test_more_requests_than_measured_turn_off_a_drafter_that_is_dear_when_idle(
+    checkpoint, cache, caplog, max_num_seqs, drafts
+):
+    """Twice as fast at 1 and 16, but 12 % behind where nothing is drafted, as above 16."""
+    times = {"1": [10.0], "16": [10.0]}
+    found = measurement() | {
+        "off_ms": times, "on_ms": {"0": {"1": [11.4], "16": [11.4]}, "1": {"1": [11.5], "16": [11.5]}},
+        "accepted": [200],
+    }  # fmt: skip
+    key = storage.identity(fake_engine(max_num_seqs=16), target(), checkpoint, spec_for(checkpoint))
+    record = record_of(key, found, 1, Plan(max_batch=16))
+    assert record["schedule"] == [[1, 16, 1], [17, 17, 0]]
+    storage.save(record)
+    with caplog.at_level(logging.INFO, "vllm.vllm_gumiho"):
+        assert (settle(checkpoint, max_num_seqs=max_num_seqs) is not None) is drafts
+    assert ("more than 16 requests at once would be slower with it (0.88x expected with K=0 at 16" in caplog.text) is (
+        not drafts
+    )
 
 
 def test_a_changed_checkpoint_is_another_schedule(tmp_path, cache):
@@ -127,6 +156,7 @@ def test_a_changed_checkpoint_is_another_schedule(tmp_path, cache):
         lambda text: text.replace('"format": 1', '"format": 2'), lambda text: text.replace('"most": 1', '"most": "x"'),
         lambda text: text.replace('"single": ', '"single": 9'),
         lambda text: text.replace('"schedule": [', '"schedule": [0,'),
+        lambda text: text.replace('"above": null', '"above": 1'),
         lambda text: text.replace('"key"', '"yek"'), lambda text: text.replace('"dtype": "float32"', '"dtype": "half"'),
     ],
 )  # fmt: skip

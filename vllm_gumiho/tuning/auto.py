@@ -51,11 +51,15 @@ def settle(
     except (TuningError, OSError) as error:
         logger.warning("Gumiho: no schedule could be measured (%s); the engine starts without speculation", error)
         return None
-    return apply(record, spec, parallel.data_parallel_size)
+    return apply(record, spec, parallel.data_parallel_size, engine.max_num_seqs)
 
 
-def apply(record: dict[str, Any], spec: dict[str, Any], data_parallel: int) -> dict[str, Any] | None:
+def apply(
+    record: dict[str, Any], spec: dict[str, Any], data_parallel: int, max_num_seqs: int | None
+) -> dict[str, Any] | None:
     """A record's choice put into the user's config; None for no speculation.
+
+    max_num_seqs: None where the user leaves it to vLLM, whose defaults are above what is measured.
 
     vLLM drops schedules under data parallelism, where ranks could choose different lengths and wait for each other for
     ever: the one best K for all batch sizes is used there.
@@ -71,6 +75,14 @@ def apply(record: dict[str, Any], spec: dict[str, Any], data_parallel: int) -> d
         logger.info(
             "Gumiho: the engine starts without speculation, by measurement on this machine (%s)", record["reason"]
         )
+        return None
+    largest = schedule[-1][0] - 1
+    if record.get("above") and (max_num_seqs is None or max_num_seqs > largest):
+        logger.info(
+            "Gumiho: the engine starts without speculation, as more than %d requests at once would be slower with it "
+            "(%s); --max-num-seqs %d lets it draft, and vllm-gumiho tune with a larger --max-batch may",
+            largest, record["above"], largest,
+        )  # fmt: skip
         return None
     logger.info("Gumiho: schedule by measurement on this machine: %s (%s)", in_words(schedule), record["reason"])
     most = max(length for *_, length in schedule)
@@ -99,16 +111,7 @@ def stored_or_measured(spec: dict[str, Any], engine: EngineArgs, target: ModelCo
 def _measure_and_keep(
     spec: dict[str, Any], where: str, path: Path, engine: EngineArgs, target: ModelConfig, key: dict[str, Any]
 ) -> dict[str, Any]:
-    from vllm.platforms import current_platform
-
-    most_requests = 16 if current_platform.is_cpu() else 64
-    plan = Plan(
-        max_batch=min(engine.max_num_seqs or most_requests, most_requests),
-        repeats=2,
-        seconds=0.3,
-        tokens=32,
-        limit_s=1800,
-    )
+    plan = Plan(max_batch=storage.largest_batch(engine), repeats=2, seconds=0.3, tokens=32, limit_s=1800)
     logger.info(
         "Gumiho: no schedule is stored for this pair on this machine; measuring batch sizes up to %d in processes of "
         "their own before the engine starts, once, for some minutes (vllm-gumiho tune does it beforehand)",

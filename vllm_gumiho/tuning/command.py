@@ -83,7 +83,13 @@ def plan(
 def tune(
     target: Annotated[str, typer.Option(help="Target model: folder or hub name.")],
     checkpoint: Annotated[str, typer.Option(help="Gumiho checkpoint; 'gumiho' finds the target's.")] = "gumiho",
-    max_batch: Annotated[int, typer.Option(help="Largest batch size; nothing is drafted above it.")] = 16,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Largest batch size; nothing is drafted above it.  Give --max-num-seqs of the server where that is "
+            "smaller than the default: 16 on a CPU, 64 elsewhere."
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the record, with all times, to this file.")] = None,
     dtype: str = "auto",
     quantization: str | None = None,
@@ -115,7 +121,7 @@ def tune(
     sizes = {"max_batch": max_batch, "repeats": repeats, "tokens": tokens, "verify_tokens": verify_tokens,
              "rounds": rounds, "seconds": seconds}  # fmt: skip
     for name, value in sizes.items():
-        if value <= 0:
+        if value is not None and value <= 0:
             raise TuningError(f"--{name.replace('_', '-')} {value}: give a number above 0")
     if curve is not None and not verify:
         raise TuningError("--curve shows what --verify measures; give both")
@@ -124,7 +130,7 @@ def tune(
     given = {"quantization": quantization, "gpu_memory_utilization": gpu_memory_utilization}
     engine = EngineArgs(
         model=target, dtype=dtype, enforce_eager=enforce_eager, tensor_parallel_size=tensor_parallel_size,
-        **{name: value for name, value in given.items() if value is not None},
+        max_num_seqs=max_batch, **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     try:
         model = engine.create_model_config()
@@ -137,7 +143,7 @@ def tune(
     spec = {"method": "gumiho", "model": checkpoint}
     where, path = locate(spec, model)
     key = storage.identity(engine, model, path, spec)
-    settings = Plan(max_batch, repeats, seconds, tokens, margin, max_loss)
+    settings = Plan(max_batch or storage.largest_batch(engine), repeats, seconds, tokens, margin, max_loss)
     with console.status("starting") as status:
         record = auto.measured_record(
             spec, where, path, engine, model, key, settings, lambda line: status.update(f"measuring: {line}")
@@ -197,6 +203,9 @@ def _show(record: dict[str, Any]) -> None:
     else:
         console.print(f"schedule: {in_words(record['schedule'])}; {record['reason']}", highlight=False)
         console.print_json(data={"num_speculative_tokens_per_batch_size": record["schedule"]}, indent=None)
+        if record["above"]:
+            largest = record["schedule"][-1][0] - 1
+            console.print(f"off where --max-num-seqs is above {largest}: {record['above']}", highlight=False)
     if "verified" in record:
         verified = record["verified"]
         table = Table("requests at once", *verified, title="measured tokens/s (and over off)")

@@ -183,6 +183,7 @@ def record_of(key: dict[str, Any], measurement: dict[str, Any], most: int, plan:
         "schedule": choice.schedule,
         "single": choice.single,
         "reason": choice.reason,
+        "above": choice.above,
         "margin": plan.margin,
         "max_loss": plan.max_loss,
         "acceptance": [round(p, 4) for p in costs.acceptance],

@@ -60,11 +60,16 @@ class Costs:
 
 @dataclass(frozen=True)
 class Choice:
-    """What to run.  schedule: None for no speculation.  single: one K for every batch size, 0 for no speculation."""
+    """What to run.
+
+    schedule: None for no speculation.  single: one K for every batch size, 0 for no speculation.  above: why the
+    schedule loses where more requests run than were measured, None where it does not.
+    """
 
     schedule: list[list[int]] | None
     single: int
     reason: str
+    above: str | None = None
 
 
 def choose(costs: Costs, margin: float = MARGIN, max_loss: float = MAX_LOSS) -> Choice:
@@ -72,7 +77,8 @@ def choose(costs: Costs, margin: float = MARGIN, max_loss: float = MAX_LOSS) -> 
 
     At each size the fastest K is taken where it beats K = 0 by ``margin``; equals go to the smaller K.  Speculation is
     left off altogether unless some size gains ``margin`` over off, the geometric mean over measured sizes gains, and
-    no size loses more than ``max_loss``.  Above the largest measured size nothing is drafted.
+    no size loses more than ``max_loss``.  Above the largest measured size nothing is drafted; what K = 0 costs at that
+    size stands for all above.
     """
     lengths = [_best_length(costs, size, margin) for size in range(1, costs.sizes[-1] + 1)]
     gains = {size: costs.speedup(lengths[size - 1], size) for size in costs.sizes}
@@ -80,7 +86,10 @@ def choose(costs: Costs, margin: float = MARGIN, max_loss: float = MAX_LOSS) -> 
     reason = _refusal(gains, margin, max_loss) if any(lengths) else _no_gain(costs)
     if reason is not None:
         return Choice(None, single, reason)
-    return Choice(ranges(lengths), single, f"{_gain(gains)} expected over no speculation")
+    largest = costs.sizes[-1]
+    idle = costs.speedup(0, largest)
+    above = f"{idle:.2f}x expected with K=0 at {largest}, under {1 - max_loss:.2f}x" if idle < 1 - max_loss else None
+    return Choice(ranges(lengths), single, f"{_gain(gains)} expected over no speculation", above)
 
 
 def ranges(lengths: Sequence[int]) -> list[list[int]]:

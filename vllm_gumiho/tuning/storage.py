@@ -43,6 +43,14 @@ def machine() -> dict[str, Any]:
     return facts
 
 
+def largest_batch(engine: EngineArgs) -> int:
+    """Largest batch size that "auto" measures: the most requests the engine decodes at once, up to a limit."""
+    from vllm.platforms import current_platform
+
+    most = 16 if current_platform.is_cpu() else 64
+    return min(engine.max_num_seqs or most, most)
+
+
 def identity(engine: EngineArgs, target: ModelConfig, checkpoint: Path, speculative: dict[str, Any]) -> dict[str, Any]:
     """Everything a schedule is valid for; equal identities share a file.
 
@@ -60,6 +68,8 @@ def identity(engine: EngineArgs, target: ModelConfig, checkpoint: Path, speculat
         "kv_cache_dtype": str(engine.kv_cache_dtype),
         "eager": bool(engine.enforce_eager),
         "tensor_parallel": engine.tensor_parallel_size,
+        # One measured for few requests at once says nothing of a server that decodes more.
+        "largest_batch": largest_batch(engine),
         "runner": {"1": "V2", "0": "V1"}.get(os.environ.get("VLLM_USE_V2_MODEL_RUNNER", ""), "default"),
         "speculative": json.loads(json.dumps(other, default=str)),
         **machine(),
@@ -148,8 +158,8 @@ def checked(record: Any) -> dict[str, Any]:
         raise TuningError("no K, or one out of range")
     if schedule is not None:
         checked_schedule(schedule, most)
-    if not isinstance(record.get("reason"), str):
-        raise TuningError("no reason")
+    if not isinstance(record.get("reason"), str) or not isinstance(record.get("above"), (str, type(None))):
+        raise TuningError("no reason, or one that is not text")
     return record
 
 
