@@ -12,7 +12,9 @@ import pytest
 
 pytest.importorskip("aiohttp")
 
+import psutil
 from soak.load import Report, _judge_answers, _judge_memory
+from soak.server import Server
 from soak.traffic import BAD, GOOD, LEAVING, MALFORMED, Call, Outcome, mix, pool
 
 SOAK = Path(__file__).parent / "soak"
@@ -29,6 +31,48 @@ def test_the_mix_is_the_same_for_a_seed_and_has_every_kind():
     sent = [call.body for call in calls if call.kind == "malformed"]
     assert all(body in sent for _, body in MALFORMED)
     assert {call.text_of for call in calls if call.text_of} == KNOWN.keys()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_long_calls_run_together_in_a_small_mix_too(seed):
+    kinds = [call.kind for call in mix(seed, 60, KNOWN, 1024)]
+    assert [place for place, kind in enumerate(kinds) if kind == "long"] == [20, 21, 22, 23]
+    assert Counter(call.kind for call in mix(seed, 1000, KNOWN, 1024))["long"] == 10 * GOOD["long"]
+
+
+def idle_server(tmp_path, *command: str) -> Server:
+    server = Server(tmp_path, tmp_path / "log", 1, gumiho=False, max_model_len=8, max_num_seqs=1, kv_blocks=1)
+    server.command = list(command)
+    return server
+
+
+def test_no_server_is_started_after_giving_up(tmp_path):
+    server = idle_server(tmp_path, "sleep", "60")
+    server.give_up()
+    with pytest.raises(RuntimeError, match="the time is up"):
+        server.start()
+    assert server.process is None
+
+
+def test_a_server_that_starts_while_it_is_given_up_is_ended(tmp_path, monkeypatch):
+    server = idle_server(tmp_path, "sleep", "60")
+    earlier = psutil.Popen(["true"])
+    earlier.wait()
+    server.family = [earlier]
+    monkeypatch.setattr(server, "health", lambda: setattr(server, "given_up", True))
+    with pytest.raises(RuntimeError, match="the time is up"):
+        server.start()
+    assert server.process.poll() is not None
+    assert server.leftovers(5) == []
+
+
+def test_a_dead_server_is_looked_at_without_an_error(tmp_path):
+    server = idle_server(tmp_path)
+    server.process = psutil.Popen(["true"])
+    server.process.wait()
+    server.family = [server.process]
+    assert (server.memory(), server.open_files(), server.child("Worker"), server.leftovers(1)) == ({}, 0, None, [])
+    server.end()
 
 
 def outcome(kind: str, state: str, text: str = "right") -> Outcome:

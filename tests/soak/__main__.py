@@ -12,6 +12,7 @@ import platform
 import sys
 import threading
 import time
+from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -78,14 +79,14 @@ def main(
             )  # fmt: skip
             faults.restart(server, requests_known, texts, report, "a killed server")
             for name in ("EngineCore", "Worker"):
-                if server.child(name) is not None:
-                    faults.kill_child(server, name, requests_known, report)
+                if (child := server.child(name)) is not None:
+                    faults.kill_child(server, name, child, requests_known, report)
                     faults.restart(server, requests_known, texts, report, f"a killed {name}")
         code = server.stop()
         left = server.leftovers()
         report.promise("SIGTERM ends it", code == 0 and not left, f"exit code {code}, left: {left or 'nothing'}")
-    except (RuntimeError, OSError) as error:
-        report.promise("carried through", False, str(error))
+    except (RuntimeError, OSError, HTTPException, psutil.Error) as error:
+        report.promise("carried through", False, f"{type(error).__name__}: {error}")
     finally:
         plain.end()
         server.end()
@@ -99,7 +100,7 @@ def main(
 def _give_up(minutes: float, *servers: Server) -> None:
     console.print(f"soak: not done after {minutes:g} minutes; ended", style="red")
     for server in servers:
-        server.end()
+        server.give_up()
 
 
 def _write(output: Path, report: Report, options: dict) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
+import psutil
 from soak.load import Report, run_calls
 from soak.server import Server
 from soak.traffic import MODEL, Call, Outcome
@@ -81,10 +82,9 @@ def restart(server: Server, known: dict, texts: dict[str, str], report: Report, 
     report.promise(f"restart after {after} answers as before", equal, f"healthy after {seconds:.0f} s")
 
 
-def kill_child(server: Server, name: str, known: dict, report: Report) -> None:
+def kill_child(server: Server, name: str, child: psutil.Process, known: dict, report: Report) -> None:
     """SIGKILL a process behind the API under requests: they must end with an error, and the server must tell."""
-    what, child = f"a killed {name}", server.child(name)
-    assert child is not None
+    what = f"a killed {name}"
     kill_under_requests(server.port, known, child.kill, report, what)
     assert server.process is not None
     end = time.monotonic() + GIVE_UP_S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -35,9 +36,11 @@ class Server:
         ]  # fmt: skip
         self.process: psutil.Popen | None = None
         self.family: list[psutil.Process] = []
+        self.given_up = False
 
     def start(self) -> float:
-        """Start and wait for health.  Returns seconds.  Raises: RuntimeError with the log's end."""
+        """Start and wait for health.  Returns seconds.  Raises: RuntimeError with the log's end, or once given up."""
+        self._refuse_if_given_up()
         begin = time.monotonic()
         environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -48,13 +51,33 @@ class Server:
             self.process = psutil.Popen(
                 self.command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
+        self.family = [self.process]
         while self.health() != 200:
+            self._refuse_if_given_up()
             if self.process.poll() is not None or time.monotonic() - begin > START_LIMIT_S:
                 self.end()
                 raise RuntimeError(f"the server did not start: {self.log.read_text()[-3000:]}")
             time.sleep(1)
-        self.family = [self.process, *self.process.children(recursive=True)]
+        self.family = self.tree()
+        self._refuse_if_given_up()
         return time.monotonic() - begin
+
+    def give_up(self) -> None:
+        """End it for good: no later start, nor one under way in another thread, leaves a server behind."""
+        self.given_up = True
+        self.end()
+
+    def _refuse_if_given_up(self) -> None:
+        if self.given_up:
+            self.end()
+            raise RuntimeError("the time is up; no server is started any more")
+
+    def tree(self) -> list[psutil.Process]:
+        """The process and its children; nothing once it is gone."""
+        try:
+            return [self.process, *self.process.children(recursive=True)] if self.process else []
+        except psutil.Error:
+            return []
 
     def health(self) -> int | None:
         """Status of ``/health``; None when nothing answers."""
@@ -77,30 +100,37 @@ class Server:
 
     def child(self, name: str) -> psutil.Process | None:
         """The process that vLLM calls ``VLLM::<name>``; None where there is none, as with a worker inside the core."""
-        assert self.process is not None
-        children = self.process.children(recursive=True)
-        return next((child for child in children if " ".join(child.cmdline()).startswith(f"VLLM::{name}")), None)
+        for process in self.tree()[1:]:
+            with contextlib.suppress(psutil.Error):
+                if " ".join(process.cmdline()).startswith(f"VLLM::{name}"):
+                    return process
+        return None
 
     def memory(self) -> dict[str, int]:
         """Resident bytes by process name, for the whole tree; pages that processes share count once for each."""
         sizes: dict[str, int] = {}
-        assert self.process is not None
-        for process in (self.process, *self.process.children(recursive=True)):
-            try:
+        for process in self.tree():
+            with contextlib.suppress(psutil.Error):
                 sizes[process.name()] = sizes.get(process.name(), 0) + process.memory_info().rss
-            except psutil.NoSuchProcess:
-                continue
         return sizes
 
     def open_files(self) -> int:
         """Open file descriptors, sockets among them, of the whole process tree."""
-        assert self.process is not None
-        return sum(process.num_fds() for process in (self.process, *self.process.children(recursive=True)))
+        files = 0
+        for process in self.tree():
+            with contextlib.suppress(psutil.Error):
+                files += process.num_fds()
+        return files
 
     def leftovers(self, patience_s: float = 60) -> list[str]:
         """Names of the processes of the last start that are still there after that time."""
         _, alive = psutil.wait_procs(self.family, timeout=patience_s)
-        return sorted(process.name() for process in alive if process.status() != psutil.STATUS_ZOMBIE)
+        names = []
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    names.append(process.name())
+        return sorted(names)
 
     def stop(self) -> int | None:
         """SIGTERM, as an operator stops it.  Returns the exit code."""
@@ -113,13 +143,12 @@ class Server:
 
     def end(self) -> None:
         """Leave no process behind, whatever happened."""
-        for process in self.family or ([self.process] if self.process else []):
-            try:
+        for process in {*self.family, *self.tree()}:
+            with contextlib.suppress(psutil.Error):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
         if self.process:
-            self.process.wait(60)
+            with contextlib.suppress(psutil.Error):
+                self.process.wait(60)
 
 
 def free_port() -> int:

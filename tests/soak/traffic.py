@@ -32,6 +32,9 @@ LEAVING = {"hang up in stream": 9, "abort": 7, "half a body": 3}
 BAD = {"malformed": 9, "oversize": 5}
 # Tokens of a long answer: it asks for a new KV block twice or more while it runs.
 LONG_TOKENS = 280
+# Places of long calls in every hundred: next to each other, so that they run together and the KV cache runs out in a
+# small load too.
+LONG_AT = range(20, 20 + GOOD["long"])
 COMPARED = tuple(kind for kind in GOOD if kind != "sampled")
 
 
@@ -83,13 +86,14 @@ def pool(seed: int, size: int, least_tokens: int, most_tokens: int) -> dict[str,
 
 
 def mix(seed: int, count: int, known: dict[str, tuple[str, dict[str, Any]]], max_model_len: int) -> list[Call]:
-    """``count`` calls in a seeded order.  Every kind of bad body comes in turn."""
+    """``count`` calls in a seeded order, but for the long ones.  Every kind of bad body comes in turn."""
     rng = random.Random(seed)
-    shares = GOOD | LEAVING | BAD
+    shares = {kind: share for kind, share in (GOOD | LEAVING | BAD).items() if kind != "long"}
     kinds = rng.choices(list(shares), list(shares.values()), k=count)
     malformed = 0
     calls = []
-    for kind in kinds:
+    for place, drawn in enumerate(kinds):
+        kind = "long" if place % 100 in LONG_AT else drawn
         if kind == "malformed":
             path, body = MALFORMED[malformed % len(MALFORMED)]
             malformed += 1
