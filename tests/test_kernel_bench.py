@@ -71,7 +71,7 @@ def test_wrong_results_are_not_timed(monkeypatch, factor):
 
 
 def test_byte_budget():
-    """DESIGN section 5: five heads at Llama-3-8B's size read 1,174 MB of weights, an LM head pass 1,051 MB."""
+    """Five heads at Llama-3-8B's size read 1,174 MB of weights, an LM head pass 1,051 MB."""
     assert HeadsCase(4096, 1).bytes("triton") / 1e6 == pytest.approx(1174.7, abs=0.5)
     assert HeadsCase(4096, 1).bytes("triton, fp8 weights") / 1e6 == pytest.approx(588, abs=1)
     assert ArgmaxCase(4096, 5).bytes("triton") / 1e6 == pytest.approx(1051, abs=1)
