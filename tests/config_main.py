@@ -40,6 +40,7 @@ def main() -> None:
             config = EngineArgs(**(defaults | arguments)).create_engine_config()
             speculative = config.speculative_config
             results[name] = {"k": speculative and speculative.num_speculative_tokens}
+            results[name] |= {"V2 lacks": config._get_v2_model_runner_unsupported_features()}
             if config.quant_config is not None:
                 draft = get_draft_quant_config(config) if speculative else None
                 results[name] |= {

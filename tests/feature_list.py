@@ -23,7 +23,10 @@ FEATURES: dict[str, tuple[str, str]] = {
         "G-test of the first tokens together, 5,000 draws of each setting; 20,000 in the long form",
     ),
     "chunked prefill": (SAME, "prompts longer than `max_num_batched_tokens`"),
-    "prefix caching": (SAME, "hit, partial hit, after eviction; as with EAGLE, the last matching block is recomputed"),
+    "prefix caching": (
+        SAME,
+        "hit, partial hit, after eviction (V2: a partial hit); as with EAGLE, the last matching block is recomputed",
+    ),
     "preemption and recompute": (SAME, ""),
     "requests joining, finishing and aborted": (SAME, "no KV block is left in use"),
     "prompts and outputs up to max_model_len": (SAME, ""),
@@ -49,16 +52,13 @@ FEATURES: dict[str, tuple[str, str]] = {
     "async scheduling": (SAME, "vLLM turns it off on a CPU: the test turns it on"),
     "tensor parallel": (SAME, "2 workers; draft over both or one; heads whole on each, or shared out"),
     "data parallel": (SAME, "2 engines; `LLM` alone refuses it as without Gumiho"),
-    "pipeline parallel": (REFUSED, "the embedding and the LM head are on different workers"),
-    "quantised target (on the CPU: compressed-tensors W8A8, GPTQ, AWQ)": (SAME, ""),
-    "quantised target in formats for GPUs": (
-        "draft unquantised",
-        "FP8, NVFP4, MXFP4, and FP8 made at the start: the engine's config is made; the engine itself is untested",
-    ),
+    "pipeline parallel": (REFUSED, "the embedding and the LM head are on different workers; before a runner is chosen"),
+    "target in eight bits (compressed-tensors W8A8 on the CPU)": (SAME, ""),
+    "target in four bits (GPTQ and AWQ on the CPU)": (SAME, "in bfloat16, with a target that rejects few drafts"),
     "LoRA adapters on the target": (
         SAME,
-        "drafts are made without the adapter; V2 of vLLM 0.32 fails in the CPU build with any draft model (tested with "
-        "EAGLE too); by its source it applies adapters of the LM head to wrong rows with any draft",
+        "drafts are made without the adapter; V1 is taken by default, and V2 is refused: that of vLLM 0.32 gives "
+        "adapters of the LM head wrong rows with any draft model, and fails in the CPU build (tested with EAGLE)",
     ),
     "sleep and wake": (LIKE_OFF, "the CPU build has no sleep mode; untested on a GPU"),
     "embedding models": (UNTOUCHED, ""),
@@ -69,13 +69,15 @@ HEAD = """# Features
 
 Each row is proven by tests that start real engines, on the CPU build of vLLM 0.32 with tiny models in float32.
 *Same tokens* means token ids, text and reasons of ending equal to speculation off under greedy decoding, while drafts
-were accepted and rejected (by vLLM's own counters). vLLM 0.32 takes model runner V2 by default where Triton is
-installed, as on GPUs, and V1 in the CPU build (`VLLM_USE_V2_MODEL_RUNNER` decides). V2 runs here under Triton's
-interpreter, and most rows there rest on one batch in which each request asks for something else. An empty runner means
-no test there, not a known fault, unless the note says so. What is drafted is compared too: with a drafter of random
-layers, drafts after chunked prefill, prefix hits and preemption, and those of two tensor-parallel workers (V1), are
-those of a request that ran alone. `python tests/feature_list.py` writes this page from the tests' marks, and
-`tests/test_feature_matrix.py` holds it to them.
+were accepted and, but for a few cases that end at once, rejected (by vLLM's own counters). vLLM 0.32 takes model
+runner V2 by default where Triton is installed, as on GPUs, and V1 in the CPU build (`VLLM_USE_V2_MODEL_RUNNER`
+decides). V2 runs here under Triton's interpreter, and most rows there rest on one batch in which each request asks for
+something else, once. An empty runner means no test there, not a known fault, unless the note says so. What is drafted
+is compared too: with a drafter of random layers, drafts after chunked prefill, prefix hits and preemption, and those of
+two tensor-parallel workers (V1), are those of a request that ran alone. For targets in FP8, NVFP4 and MXFP4, whose
+kernels are for GPUs, the engine's config is made ([engine_configs](../tests/test_engine_configs.py)), and no engine.
+`python tests/feature_list.py` writes this page from the tests' marks, and `tests/test_feature_matrix.py` holds it to
+them.
 
 | feature | state | V1 | V2 | proven by | note |
 |---|---|---|---|---|---|

@@ -147,12 +147,11 @@ def write_int4(source: Path, folder: Path, method: str, group: int = 32) -> Path
     shutil.copytree(source, folder)
     weights = load_file(folder / "model.safetensors")
     for name in [name for name in weights if name.endswith("_proj.weight")]:
-        groups = weights.pop(name).T.unflatten(0, (-1, group))  # [inputs / group, group, outputs]
-        scale = groups.abs().amax(1, keepdim=True) / 7
-        levels = ((groups / scale).round() + 8).flatten(0, 1).to(torch.int32)
-        zeros = torch.full((len(groups), levels.shape[1]), 8, dtype=torch.int32)
+        rounded, scale = round_to_int4(weights.pop(name), group)
+        levels = (rounded + 8).flatten(0, 1).to(torch.int32)
+        zeros = torch.full((len(scale), levels.shape[1]), 8, dtype=torch.int32)
         base = name.removesuffix("weight")
-        weights[f"{base}scales"] = scale.squeeze(1).to(torch.float16)
+        weights[f"{base}scales"] = scale.squeeze(1)
         if method == "gptq":
             # GPTQ stores zero points less one.
             weights[f"{base}qweight"], weights[f"{base}qzeros"] = packed(levels.T).T.contiguous(), packed(zeros - 1)
@@ -168,6 +167,13 @@ def write_int4(source: Path, folder: Path, method: str, group: int = 32) -> Path
     }[method]
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def round_to_int4(weight: Tensor, group: int = 32) -> tuple[Tensor, Tensor]:
+    """Integers from -7 to 7, ``[inputs / group, group, outputs]``, and the float16 scale of each group of inputs."""
+    groups = weight.T.unflatten(0, (-1, group))
+    scale = (groups.abs().amax(1, keepdim=True) / 7).to(torch.float16)
+    return (groups / scale).round().clamp(-7, 7), scale
 
 
 def packed(levels: Tensor, order: list[int] | None = None) -> Tensor:

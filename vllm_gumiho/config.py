@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 METHOD = "gumiho"
 LOAD_FORMAT = "gumiho"
 AUTO = "auto"
+# Model runner V2 drafts with so many; the others go to V1.
+V2_SERIAL_STEPS = 2
 logger = logging.getLogger("vllm.vllm_gumiho")
 
 
@@ -163,6 +165,20 @@ def is_gumiho(vllm_config: Any) -> bool:
     speculative = vllm_config.speculative_config
     draft = getattr(speculative, "draft_model_config", None)
     return ARCHITECTURE in (getattr(getattr(draft, "hf_config", None), "architectures", None) or ())
+
+
+def lacking_in_v2(vllm_config: Any) -> list[str]:
+    """What this engine asks for that Gumiho cannot have in model runner V2, for vLLM's own list of such features.
+
+    V2 of vLLM 0.32 maps LoRA adapters to one row of logits a request, where verification has K + 1: an adapter of the
+    LM head would change the text.  V2's serial decode step is recorded together with the heads, for two serial steps.
+    """
+    serial = vllm_config.speculative_config.draft_model_config.hf_config.num_serial_steps
+    lacking = [
+        *(["LoRA adapters with Gumiho"] if vllm_config.lora_config is not None else ()),
+        *([f"Gumiho with {serial} serial steps"] if serial != V2_SERIAL_STEPS else ()),
+    ]
+    return [f"{feature} (V1 does: VLLM_USE_V2_MODEL_RUNNER=0)" for feature in lacking]
 
 
 def _draft_length(asked: Any, checkpoint: Checkpoint) -> int:

@@ -50,6 +50,8 @@ HOOKS: tuple[Hook, ...] = (
     Hook("vllm.engine.arg_utils", "EngineArgs", "patched", "takes speculative_model=",
          ("speculative_config", "spec_method", "spec_model", "spec_tokens", "load_format")),
     Hook("vllm.engine.arg_utils", "AsyncEngineArgs", "patched", "takes speculative_model="),
+    Hook("vllm.config.vllm", "VllmConfig._get_v2_model_runner_unsupported_features", "patched",
+         "model runner V1 is the default where V2 would not draft right"),
     Hook(f"{_V1}.eagle", "EagleProposer", "patched", "model runner V1 makes a GumihoProposer for a Gumiho draft",
          ("SpecDecodeBaseProposer",)),
     Hook(f"{_V2}.eagle.speculator", "EagleSpeculator", "patched",
@@ -158,6 +160,7 @@ def install() -> None:
             f"{_V2}.eagle.speculator",
             lambda m: _choose_class(m.EagleSpeculator, "vllm_gumiho.speculator:GumihoSpeculator"),
         ),
+        ("vllm.config.vllm", lambda m: _prefer_v1(m.VllmConfig)),
         ("vllm.model_executor.models.registry", _register_model),
         ("vllm.transformers_utils.configs.speculators.algos", _register_speculator),
         ("vllm.model_executor.model_loader", _register_loader),
@@ -213,6 +216,19 @@ def _choose_class(base: type, gumiho: str) -> None:
         return object.__new__(cls)
 
     base.__new__ = choose  # type: ignore[assignment, method-assign]
+
+
+def _prefer_v1(config: type) -> None:
+    """Name what V2 lacks for a Gumiho draft among the reasons for which vLLM takes V1 by default."""
+    original = config._get_v2_model_runner_unsupported_features  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def unsupported(self: Any) -> list[str]:
+        from vllm_gumiho.config import is_gumiho, lacking_in_v2
+
+        return [*original(self), *(lacking_in_v2(self) if is_gumiho(self) else ())]
+
+    config._get_v2_model_runner_unsupported_features = unsupported  # type: ignore[attr-defined]
 
 
 def _patch_arguments(arg_utils: Any) -> None:

@@ -11,9 +11,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
-from vllm_gumiho.checkpoint import CheckpointError
-
-SERIAL_STEPS = 2
+from vllm_gumiho.config import V2_SERIAL_STEPS as SERIAL_STEPS
 
 
 class GumihoSpeculator(EagleSpeculator):
@@ -25,12 +23,6 @@ class GumihoSpeculator(EagleSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device):
         super().__init__(vllm_config, device)
-        config = self.draft_model_config.hf_config
-        if config.num_serial_steps != SERIAL_STEPS:
-            raise CheckpointError(
-                f"{config.gumiho_checkpoint}: model runner V2 drafts with {SERIAL_STEPS} serial steps, this checkpoint "
-                f"has {config.num_serial_steps}; set VLLM_USE_V2_MODEL_RUNNER=0"
-            )
         self._hidden: Tensor | None = None
         self._draft_length = 0
         self._head_offsets = torch.arange(max(1, self.num_speculative_steps - SERIAL_STEPS), device=device)

@@ -1,4 +1,4 @@
-"""Targets quantised in formats whose kernels are for GPUs: the engine's config is made, the draft stays unquantised."""
+"""Engine configs that need no engine: targets in formats for GPUs, and what makes vLLM take model runner V1."""
 
 from __future__ import annotations
 
@@ -41,7 +41,14 @@ def configs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantised")
     target, checkpoint = predictable.write_target(folder / "target"), predictable.write_checkpoint(folder / "gumiho")
     common = {"dtype": "bfloat16", "speculative_config": gumiho(checkpoint)}
-    cases = {"online": common | {"quantization": "fp8"}}
+    three = predictable.tiny.drafter_tensors(
+        hidden_size=predictable.HIDDEN, vocab_size=predictable.VOCAB, num_serial_steps=3
+    )
+    deep = gumiho(predictable.tiny.write_released(folder / "deep", three))
+    cases = {
+        "online": common | {"quantization": "fp8"}, "plain": common, "lora": common | {"enable_lora": True},
+        "lora off": {"enable_lora": True}, "three serial steps": common | {"speculative_config": deep},
+    }  # fmt: skip
     for name, (quantization, _) in FORMATS.items():
         quantised = folder / name
         quantised.mkdir()
@@ -59,9 +66,18 @@ def configs(tmp_path_factory):
 
 
 @pytest.mark.engine
-@pytest.mark.feature("quantised target in formats for GPUs", "V1")
-@pytest.mark.feature("quantised target in formats for GPUs", "V2")
 @pytest.mark.parametrize("name", [*FORMATS, "online"])
 def test_a_quantised_target_leaves_the_draft_as_it_is(configs, name):
     wanted = "OnlineQuantizationConfig" if name == "online" else FORMATS[name][1]
-    assert configs[name] == {"k": 7, "target quantised by": wanted, "draft by": None}
+    assert {key: configs[name][key] for key in ("target quantised by", "draft by")} == {
+        "target quantised by": wanted, "draft by": None,
+    }  # fmt: skip
+
+
+@pytest.mark.engine
+@pytest.mark.feature("LoRA adapters on the target", "V1")
+def test_runner_v1_is_taken_for_what_v2_lacks(configs):
+    lacks = {name: set(configs[name]["V2 lacks"]) - set(configs["plain"]["V2 lacks"]) for name in configs}
+    assert lacks["lora"] == {"LoRA adapters with Gumiho (V1 does: VLLM_USE_V2_MODEL_RUNNER=0)"}
+    assert lacks["three serial steps"] == {"Gumiho with 3 serial steps (V1 does: VLLM_USE_V2_MODEL_RUNNER=0)"}
+    assert lacks["lora off"] == set()
