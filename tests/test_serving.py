@@ -28,7 +28,7 @@ def server(tmp_path_factory, embedded_target):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_GUMIHO_KERNELS": "auto"}
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -143,7 +143,12 @@ def test_the_log_says_in_one_line_what_drafts(server):
     _, log = server
     lines = [line for line in log.read_text().splitlines() if "Gumiho drafts with" in line]
     assert len(lines) == 1
-    assert re.search(r"heads/smollm2-135m-instruct: K=7, model runner V1, \S", lines[0])
+    why = re.escape("(no GPU; VLLM_GUMIHO_KERNELS=1 asks for the Triton kernels all the same)")
+    assert re.search(
+        rf"heads/smollm2-135m-instruct: K=7, model runner V1, heads by batched matrix products {why}, "
+        rf"argmax by logits {why}$",
+        lines[0],
+    )
 
 
 def test_every_metric_of_the_dashboard_is_on_the_page(server):
