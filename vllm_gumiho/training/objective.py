@@ -16,11 +16,15 @@ from vllm_gumiho.training.unrolling import draft, shift, valid_anchors
 class Objective:
     """Loss weights.  Paper's values (section 4.1 and Table 5): feature 1, ce 0.1, head i weighted 0.8^(i+1)/9.
 
-    chain_floor: an anchor's weight at draft position i is ``floor + (1 - floor) * prod_{j<i} p_j``, with p_j the
-    probability the drafter gives to the true token at position j: a draft token only counts when all before it
-    were accepted (the derivative of the expected accepted length E = sum_i prod_{j<=i} p_j).  1 switches it off.
-    serial_decay: serial step i (from 0) is weighted serial_decay^i, about the share of anchors that reach it.  The
-    heads' weights are a scale of their own, which tells among heads as long as they do not steer.
+    chain_floor: the cross-entropy of draft position i is a weighted mean over its anchors, of weights
+    ``floor + (1 - floor) * prod_{j<i} p_j``, with p_j the probability the drafter gives to the true token at position
+    j (not differentiated): a draft token only counts when all before it were accepted.  1 makes it a plain mean.
+    serial_decay, head_weights: what a position weighs, whatever its anchors do: serial_decay^i for serial step i (from
+    0), about the share of anchors that reach it.  The heads' weights are a scale of their own, which tells among heads
+    as long as they do not steer.
+    Of the derivative dE/dp_i of the expected accepted length (`vllm_gumiho.tuning.theory.sensitivity`) this takes the
+    product alone, raised by the floor, to rank anchors within a position; how positions weigh against one another is
+    fixed, and what p_i opens the way to is left out.  The feature loss is a plain mean over a position's anchors.
     heads_steer: the heads' losses train the Transformer too; else they read its features as they are.
     further_steps: serial steps trained beyond those served, each on the draft features of the one before.
     train_serial, train_heads: a part that is not trained is not differentiated, or for the heads not even run.
