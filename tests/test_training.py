@@ -17,6 +17,7 @@ from vllm_gumiho.training.drafter import GumihoDrafter
 from vllm_gumiho.training.errors import DataError
 from vllm_gumiho.training.objective import Candidates, Objective, losses
 from vllm_gumiho.training.optimizer import MuonWithAdamW
+from vllm_gumiho.training.provenance import made_with, read_recipe
 from vllm_gumiho.training.recipe import Recipe
 from vllm_gumiho.training.trainer import train
 from vllm_gumiho.training.unrolling import draft, valid_anchors
@@ -103,7 +104,8 @@ def test_short_answers_give_every_parameter_a_gradient(tiny_target):
 
 @pytest.mark.parametrize("name", ["paper", "unrolled"])
 def test_training_lowers_the_loss_and_exports_a_whole_drafter(tmp_path, tiny_target, data, name):
-    metrics = train(recipe(tiny_target, data, tmp_path, recipe=name, steps=30, save_every=30, learning_rate=3e-3))
+    settings = recipe(tiny_target, data, tmp_path, recipe=name, steps=30, save_every=30, learning_rate=3e-3)
+    metrics = train(settings)
     state = json.loads((tmp_path / "checkpoint-30" / "trainer_state.json").read_text())
     logged = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert logged
@@ -111,7 +113,7 @@ def test_training_lowers_the_loss_and_exports_a_whole_drafter(tmp_path, tiny_tar
     assert metrics["eval_acceptance_length"] >= 1.0
     written = open_checkpoint(tmp_path / "final")
     assert written.sizes.max_draft_tokens == 7
-    assert json.loads((tmp_path / "final" / "recipe.json").read_text())["recipe"] == name
+    assert read_recipe(tmp_path / "final" / "recipe.json") == (settings, made_with(settings, processes=1))
 
 
 def test_one_batch_can_be_learned(tiny_target, data):

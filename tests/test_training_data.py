@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
+from importlib.metadata import version
 
 import pytest
 from transformers import AutoTokenizer
 
 from vllm_gumiho.training.data import PackedRows, read_samples
 from vllm_gumiho.training.decontaminate import EvaluationPrompts
-from vllm_gumiho.training.errors import DataError
+from vllm_gumiho.training.errors import DataError, RecipeError
 from vllm_gumiho.training.generate import Conversation, Questions, generate_answers, read_prompts
+from vllm_gumiho.training.provenance import made_with, read_recipe, write_recipe
+from vllm_gumiho.training.recipe import Recipe
+from vllm_gumiho.version import __version__
 
 LONG = "Write a short story about a lighthouse keeper who finds a letter in a bottle."
 
@@ -121,6 +127,29 @@ def test_only_answers_of_every_turn_are_trained_on(tmp_path):
     assert row["answer"].nonzero().flatten().tolist() == [2, 3, 4, 6, 7]
     assert row["segments"].tolist() == [1] * 8 + [0] * 4
     assert PackedRows(samples, 12).token_counts(160).nonzero().flatten().tolist() == [7, 8, 9, 11, 12]
+
+
+def test_a_recipe_names_versions_data_and_processes(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", [{"id": "a", "prompt": [1], "answer": [2, 3]}])
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    made = made_with(Recipe("target", [str(tmp_path)], "run"), processes=2)
+    assert made.keys() == {"versions", "data_sha256", "processes"}
+    assert (made["data_sha256"], made["processes"]) == ({str(file): digest}, 2)
+    assert made["versions"]["vllm-gumiho"] == __version__
+    assert all(made["versions"][name] == version(name) for name in ("torch", "transformers"))
+    assert made == made_with(Recipe("target", [str(file)], "run"), processes=2)
+
+
+def test_recipes_are_read_with_and_without_what_they_were_made_with(tmp_path):
+    recipe, made = Recipe("target", ["data"], "run", own_tokens=0.5), {"processes": 2}
+    write_recipe(tmp_path / "new.json", recipe, made)
+    assert read_recipe(tmp_path / "new.json") == (recipe, made)
+    (tmp_path / "old.json").write_text(json.dumps(asdict(recipe)))
+    assert read_recipe(tmp_path / "old.json") == (recipe, {})
+    (tmp_path / "other.json").write_text('{"colour": "blue"}')
+    for name in ("other.json", "none.json"):
+        with pytest.raises(RecipeError, match=f"{name}: not a recipe of a training run"):
+            read_recipe(tmp_path / name)
 
 
 @pytest.mark.engine

@@ -44,12 +44,17 @@ class Sample:
         return ids, answered
 
 
+def data_files(paths: Iterable[Path]) -> list[Path]:
+    """The files meant: a folder stands for its ``*.jsonl``."""
+    return [f for path in map(Path, paths) for f in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+
+
 def read_samples(paths: Iterable[Path], vocab_size: int) -> list[Sample]:
-    """All samples of the files (a folder stands for its ``*.jsonl``), first of each id and of each first prompt.
+    """All samples of the `data_files`, first of each id and of each first prompt.
 
     Raises: DataError for a file that is not there, a line that is no sample, or a token outside the vocabulary.
     """
-    files = [f for path in map(Path, paths) for f in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+    files = data_files(paths)
     samples: dict[str, Sample] = {}
     asked: set[tuple[int, ...]] = set()
     for file in files:

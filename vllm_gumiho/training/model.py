@@ -55,9 +55,14 @@ class TrainingModel(nn.Module):
         counts = torch.stack(hits(self.drafter, target.embed, target.lm_head, batch, features, vocabulary))
         return {"loss": torch.zeros((), device=features.device), "logits": counts[None].to(features.device)}
 
-    def target_features(self, batch: dict[str, Tensor]) -> Tensor:
-        """The target's features of the batch, ``[R, T, H]``, on its device."""
-        return self._target[0].to(batch["input_ids"].device).features(batch)
+    def target_features(self, batch: dict[str, Tensor], cached: bool = True) -> Tensor:
+        """The target's features of the batch, ``[R, T, H]``, on its device.  cached: the cache may be used, if any."""
+        target = self._target[0].to(batch["input_ids"].device)
+        return target.features(batch) if cached else target.compute(batch)
+
+    def target_is_cached(self, batch: dict[str, Tensor]) -> bool:
+        """Whether `target_features` needs no pass of the target, as far as files that are there can be read."""
+        return self._target[0].is_cached(batch)
 
     def training_losses(self, batch: dict[str, Tensor], features: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """`losses` with the target's tensors and the share of own tokens that is due."""
@@ -95,11 +100,11 @@ class FrozenTarget:
     def features(self, batch: dict[str, Tensor]) -> Tensor:
         """``[R, T, H]`` for rows of ``input_ids``, ``positions`` and ``segments`` ``[R, T]``."""
         if self.cache is None:
-            return self._compute(batch)
-        files = [self.cache / f"{key}.safetensors" for key in self._keys(batch)]
+            return self.compute(batch)
+        files = self._files(self.cache, batch)
         rows = [self._read(file) for file in files]
         if any(row is None for row in rows):
-            computed = self._compute(batch)
+            computed = self.compute(batch)
             for file, row, new in zip(files, rows, computed, strict=True):
                 if row is None:
                     part = file.with_suffix(f".{os.getpid()}.part")
@@ -109,6 +114,20 @@ class FrozenTarget:
         return torch.stack([row for row in rows if row is not None]).to(self.embed.device, self.embed.dtype)
 
     @torch.no_grad()
+    def compute(self, batch: dict[str, Tensor]) -> Tensor:
+        """`features` anew, whatever the cache has."""
+        mask = torch.zeros(1, device=self.embed.device, dtype=self.embed.dtype).where(
+            serial_mask(batch["segments"]), torch.finfo(self.embed.dtype).min
+        )
+        return self.model.base_model(
+            input_ids=batch["input_ids"], position_ids=batch["positions"], attention_mask=mask, use_cache=False
+        ).last_hidden_state
+
+    def is_cached(self, batch: dict[str, Tensor]) -> bool:
+        """Whether the cache has a file for every row."""
+        return self.cache is not None and all(file.is_file() for file in self._files(self.cache, batch))
+
+    @torch.no_grad()
     def probe_scale(self, batch: dict[str, Tensor]) -> Tensor:
         """Root mean square of the features of one batch's tokens."""
         return self.features(batch)[batch["segments"] > 0].float().square().mean().sqrt()
@@ -116,14 +135,6 @@ class FrozenTarget:
     def _take_tensors(self) -> None:
         self.embed = self.model.get_input_embeddings().weight.detach()
         self.lm_head = self.model.get_output_embeddings().weight.detach()
-
-    def _compute(self, batch: dict[str, Tensor]) -> Tensor:
-        mask = torch.zeros(1, device=self.embed.device, dtype=self.embed.dtype).where(
-            serial_mask(batch["segments"]), torch.finfo(self.embed.dtype).min
-        )
-        return self.model.base_model(
-            input_ids=batch["input_ids"], position_ids=batch["positions"], attention_mask=mask, use_cache=False
-        ).last_hidden_state
 
     def _fingerprint(self) -> bytes:
         """Tells targets apart by their config and the bits of one weight matrix."""
@@ -138,6 +149,9 @@ class FrozenTarget:
             hashlib.sha256(self._identity + b"".join(row.tobytes() for row in rows)).hexdigest()[:40]
             for rows in zip(*columns, strict=True)
         ]
+
+    def _files(self, cache: Path, batch: dict[str, Tensor]) -> list[Path]:
+        return [cache / f"{key}.safetensors" for key in self._keys(batch)]
 
     @staticmethod
     def _read(file: Path) -> Tensor | None:

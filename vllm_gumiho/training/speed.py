@@ -48,7 +48,7 @@ class SpeedMeter:
         self.flops += flops
 
     def read(self) -> dict[str, float]:
-        """Rates since the last reading."""
+        """Rates since the last reading; measurements and checkpoints made since then count as time."""
         _wait(self._device)
         seconds = max(time.perf_counter() - self.since, 1e-9)
         rates = {"answer_tokens_per_s": self.tokens / seconds, "matmul_share": self.flops / seconds / self.peak}
@@ -60,17 +60,19 @@ class SpeedMeter:
 
 
 @torch.no_grad()
-def training_flops(model: TrainingModel, batch: dict[str, Tensor]) -> int:
+def training_flops(model: TrainingModel, batch: dict[str, Tensor]) -> tuple[int, int]:
     """Operations of one training step on this batch: the target's pass, and three times the drafter's.
 
-    Counted on a pass of its own, since the counter takes composite operations apart and so changes the last bits of
-    what it watches; the random generator is put back.
+    The target's is what its features cost when no cache has them.  Counted on a pass of its own, since the counter
+    takes composite operations apart and so changes the last bits of what it watches; the random generator is put back.
     """
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), FlopCounterMode(display=False) as counter:
         features = model.target_features(batch)
+        if not counter.get_total_flops():  # all from the cache
+            model.target_features(batch, cached=False)
         target = counter.get_total_flops()
         model.training_losses(batch, features)
-    return target + BACKWARD * (counter.get_total_flops() - target)
+    return target, BACKWARD * (counter.get_total_flops() - target)

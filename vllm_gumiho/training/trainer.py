@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from vllm_gumiho.training.drafter import GumihoDrafter
 from vllm_gumiho.training.errors import RecipeError
 from vllm_gumiho.training.model import FrozenTarget, TrainingModel
 from vllm_gumiho.training.optimizer import MuonWithAdamW
+from vllm_gumiho.training.provenance import made_with, write_recipe
 from vllm_gumiho.training.recipe import Recipe
 from vllm_gumiho.training.speed import SpeedMeter, training_flops
 
@@ -57,7 +57,9 @@ class DrafterTrainer(Trainer):
         if self._meter is None:
             dtype = torch.bfloat16 if self.model.bf16 else torch.float32
             self._meter = SpeedMeter(self.args.device, dtype)
-        self._meter.add(int(inputs["answer"].sum()), self.flops)
+        target, drafter = self.flops
+        flops = drafter if self.model.target_is_cached(inputs) else target + drafter
+        self._meter.add(int(inputs["answer"].sum()), flops)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
@@ -90,8 +92,9 @@ def acceptance_metrics(prediction: Any) -> dict[str, float]:
 class ExportCallback(TrainerCallback):
     """Writes the drafter, ready to serve, beside each Trainer checkpoint, and tells the model how far the run is."""
 
-    def __init__(self, recipe: Recipe, model: TrainingModel):
-        self.recipe, self.model = recipe, model
+    def __init__(self, recipe: Recipe, model: TrainingModel, made: dict[str, Any]):
+        """made: what `made_with` returned."""
+        self.recipe, self.model, self.made = recipe, model, made
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.model.progress = state.global_step / max(1, state.max_steps)
@@ -100,7 +103,7 @@ class ExportCallback(TrainerCallback):
         tensors = drafter_tensors(self.model)
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "drafter"
-            export(tensors, self.model, self.recipe, folder)
+            export(tensors, self.model, self.recipe, self.made, folder)
 
 
 def drafter_tensors(model: TrainingModel) -> dict[str, Tensor]:
@@ -112,8 +115,13 @@ def drafter_tensors(model: TrainingModel) -> dict[str, Tensor]:
     return tensors
 
 
-def export(tensors: dict[str, Tensor], model: TrainingModel, recipe: Recipe, folder: Path) -> None:
-    """Write the drafter's tensors in the format the engine serves it from, with recipe.json beside it."""
+def export(
+    tensors: dict[str, Tensor], model: TrainingModel, recipe: Recipe, made: dict[str, Any], folder: Path
+) -> None:
+    """Write the drafter's tensors in the format the engine serves it from, with recipe.json beside it.
+
+    made: what `made_with` returned.
+    """
     c, vocabulary = model.drafter.config, model.objective.vocabulary
     layer_config = {
         "model_type": "llama", "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
@@ -127,7 +135,7 @@ def export(tensors: dict[str, Tensor], model: TrainingModel, recipe: Recipe, fol
         if vocabulary is not None:
             tensors[D2T] = vocabulary.cpu() - torch.arange(vocabulary.numel())
         save_speculators(folder, tensors, verifier=recipe.target, layer_config=layer_config)
-    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    write_recipe(folder / "recipe.json", recipe, made)
 
 
 def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
@@ -166,13 +174,16 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     training_model = TrainingModel(
         drafter, recipe.objective(vocabulary), target, frequent, recipe.own_tokens, recipe.bf16
     )
-    callbacks: list[TrainerCallback] = [ExportCallback(recipe, training_model)]
+    arguments = _arguments(recipe)
+    # Now, of the files that were read: more answers may be appended to them while the run lasts.
+    made = made_with(recipe, arguments.world_size)
+    callbacks: list[TrainerCallback] = [ExportCallback(recipe, training_model, made)]
     if recipe.patience:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.patience))
     trainer = DrafterTrainer(
         muon=recipe.optimizer if recipe.optimizer.startswith("muon") else None,
         model=training_model,
-        args=_arguments(recipe),
+        args=arguments,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         compute_metrics=acceptance_metrics,
@@ -183,7 +194,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     tensors = drafter_tensors(training_model)
     if trainer.is_world_process_zero():
         final = Path(recipe.output) / "final"
-        export(tensors, training_model, recipe, final)
+        export(tensors, training_model, recipe, made, final)
         (final / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         trainer.state.save_to_json(str(final / "trainer_state.json"))
     return metrics
