@@ -50,8 +50,12 @@ FEATURES: dict[str, tuple[str, str]] = {
     "n > 1": (SAME, ""),
     "structured output: JSON schema, regex, grammar, choice": (SAME, "xgrammar"),
     "async scheduling": (SAME, "vLLM turns it off on a CPU: the test turns it on"),
-    "tensor parallel": (SAME, "2 workers; draft over both or one; heads whole on each, or shared out"),
-    "data parallel": (SAME, "2 engines; `LLM` alone refuses it as without Gumiho"),
+    "tensor parallel": (
+        SAME,
+        "2 workers; draft over both or one; heads whole on each, or shared out; not in V2, whose workers would each need "
+        "the interpreter",
+    ),
+    "data parallel": (SAME, "2 engines; `LLM` alone refuses it as without Gumiho; not in V2, as above"),
     "pipeline parallel": (REFUSED, "the embedding and the LM head are on different workers; before a runner is chosen"),
     "target in eight bits (compressed-tensors W8A8 on the CPU)": (SAME, ""),
     "target in four bits (GPTQ and AWQ on the CPU)": (SAME, "in bfloat16, with a target that rejects few drafts"),
