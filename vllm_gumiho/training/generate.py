@@ -8,10 +8,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_gumiho.training.decontaminate import EvaluationPrompts, normalise
 from vllm_gumiho.training.errors import DataError
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
 
 SAMPLED_TEMPERATURE = 0.8
 CHUNK = 192
@@ -28,7 +31,12 @@ class Questions:
     seed: int = 0
 
     def temperature(self, name: str) -> float:
+        """Of all answers of the conversation with this id."""
         return SAMPLED_TEMPERATURE if random.Random(f"{self.seed}:{name}").random() < self.sampled else 0.0
+
+    def answer_seed(self, name: str, turn: int) -> int:
+        """Seed of a sampled answer, 0 to 2^32 - 1: its own, so that it does not depend on what else is answered."""
+        return zlib.crc32(f"{self.seed}:{name}:{turn}".encode())
 
 
 @dataclass
@@ -95,13 +103,16 @@ def generate_answers(
 ) -> dict[str, int]:
     """Append one line ``{"id", "temperature", "turns"}`` a conversation to ``output``; ids it has are skipped.
 
+    A run that was stopped, limited or split in shards draws what the whole run draws, but where batches of other
+    sizes round a close choice otherwise (bfloat16 does now and then).
+
     Returns counts: conversations and answer tokens written, prompts that were too long, repeats, and prompts checked
     against the evaluation prompts.  A line is whole or not there: a last line cut off by a kill is taken away.
 
     Raises: DataError for a prompt file that cannot be read, or prompts that are evaluation prompts.
     """
     from rich.progress import Progress
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     prompts, repeats = read_prompts(prompt_files, shard)
     counts = {"conversations": 0, "answer_tokens": 0, "too_long": 0, "repeats": repeats, "checked": 0}
@@ -112,22 +123,21 @@ def generate_answers(
     todo = [(name, turns[: questions.max_turns]) for name, turns in prompts if name not in known][: limit or None]
     output.parent.mkdir(parents=True, exist_ok=True)
     longest = questions.max_prompt_tokens + (questions.max_turns - 1) * questions.max_tokens
-    llm = LLM(model=target, **{"max_num_seqs": 96, "max_model_len": longest + questions.max_tokens, **engine})
+    # vLLM 0.32's CPU build fails with a seeded prompt in chunks.  Without chunks a step takes whole prompts alone.
+    settings = {"max_num_seqs": 96, "max_model_len": longest + questions.max_tokens, "enable_chunked_prefill": False}
+    llm = LLM(model=target, **(settings | engine))
     tokenizer = llm.get_tokenizer()
     with output.open("a") as file, Progress() as progress:
         task = progress.add_task("answers", total=len(todo))
         for start in range(0, len(todo), CHUNK):
             talks = [Conversation(name, turns) for name, turns in todo[start : start + CHUNK]]
-            for _ in range(questions.max_turns):
+            for turn in range(questions.max_turns):
                 asked = [(talk, ids) for talk in talks if (ids := talk.ask(tokenizer, longest)) is not None]
                 if not asked:
                     break
                 outputs = llm.generate(
                     [{"prompt_token_ids": ids} for _, ids in asked],
-                    [
-                        SamplingParams(temperature=questions.temperature(talk.id), max_tokens=questions.max_tokens)
-                        for talk, _ in asked
-                    ],
+                    [_sampling(questions, talk.id, turn) for talk, _ in asked],
                     use_tqdm=False,
                 )
                 for (talk, ids), out in zip(asked, outputs, strict=True):
@@ -143,6 +153,14 @@ def generate_answers(
             file.flush()
             progress.advance(task, len(talks))
     return counts
+
+
+def _sampling(questions: Questions, name: str, turn: int) -> SamplingParams:
+    from vllm import SamplingParams
+
+    temperature = questions.temperature(name)
+    seed = questions.answer_seed(name, turn) if temperature else None
+    return SamplingParams(temperature=temperature, max_tokens=questions.max_tokens, seed=seed)
 
 
 def _read(file: Path) -> Iterator[tuple[str, list[str]]]:
