@@ -52,7 +52,7 @@ FEATURES: dict[str, tuple[str, str]] = {
     "async scheduling": (SAME, "vLLM turns it off on a CPU: the test turns it on"),
     "tensor parallel": (
         SAME,
-        "2 workers; draft over both or one; heads whole on each, or shared out; not in V2, whose workers would each need "
+        "2 workers; draft over both or one; heads whole on each, or shared out; not in V2, as each worker would need "
         "the interpreter",
     ),
     "data parallel": (SAME, "2 engines; `LLM` alone refuses it as without Gumiho; not in V2, as above"),
