@@ -21,6 +21,7 @@ from vllm_gumiho.checkpoint import D2T, open_checkpoint
 from vllm_gumiho.evaluation import EvalError
 from vllm_gumiho.training.curves import plot_curves, read_curves
 from vllm_gumiho.training.errors import RecipeError
+from vllm_gumiho.training.provenance import made_with, read_recipe
 from vllm_gumiho.training.recipe import Recipe
 from vllm_gumiho.training.trainer import last_checkpoint, train
 
@@ -102,6 +103,7 @@ def test_two_processes_train_one_drafter(tmp_path, tiny_target, data):
         return settings, loss_curve(tmp_path / name), dict(open_checkpoint(tmp_path / name / "final").tensors())
 
     settings, losses, weights = run("copies")
+    assert read_recipe(tmp_path / "copies" / "final" / "recipe.json") == (settings, made_with(settings, processes=2))
     # Two processes of two rows each take four rows a step, so an epoch has a quarter as many steps as rows.
     state = json.loads((tmp_path / "copies" / "final" / "trainer_state.json").read_text())
     assert state["epoch"] == pytest.approx(4 / math.ceil(len(_train_rows(settings)) / 4))
@@ -156,6 +158,66 @@ def test_curves_of_runs_are_read_and_plotted(tmp_path, tiny_target, data):
         read_curves([tmp_path / "a"], ["x", "y"])
     with pytest.raises(EvalError, match=r"trainer_state\.json: no state of a finished run"):
         read_curves([tmp_path], [])
+
+
+def test_losses_and_speed_are_logged_to_tensorboard(tmp_path, tiny_target, data):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = recipe(tiny_target, data, tmp_path / "run", steps=4)
+    settings.extra = {"disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
+    train(settings)
+    # One file of the training, one of the measurement at the end.
+    (folder,) = {file.parent for file in (tmp_path / "run").rglob("events.out.tfevents.*")}
+    log = EventAccumulator(str(folder))
+    log.Reload()
+    logged = set(log.Tags()["scalars"])
+    assert {f"train/{loss}_{i}" for loss in ("ce", "feature") for i in range(1, 8)} <= logged
+    assert {f"eval/{metric}_{i}" for metric in ("accuracy", "accepted") for i in range(1, 8)} <= logged
+    assert {"train/loss", "eval/acceptance_length"} <= logged
+    for name in ("answer_tokens_per_s", "matmul_share"):
+        values = log.Scalars(f"train/{name}")
+        assert [value.step for value in values] == [1, 2, 3, 4]
+        assert all(value.value > 0 for value in values)
+    assert all(value.value < 1 for value in log.Scalars("train/matmul_share"))
+
+
+def test_operations_of_the_target_count_where_the_cache_has_no_features(tmp_path, tiny_target, data):
+    from transformers import AutoModelForCausalLM
+
+    from vllm_gumiho.training.drafter import GumihoDrafter
+    from vllm_gumiho.training.model import FrozenTarget, TrainingModel
+    from vllm_gumiho.training.speed import training_flops
+
+    settings = recipe(tiny_target, data, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32)
+    rows = _train_rows(settings)
+    batch, other = ({name: value[None] for name, value in rows[i].items()} for i in (0, 1))
+    drafter = GumihoDrafter(settings.drafter_config(model.config))
+    drafter.init_weights(1.0, 1.0)
+
+    def training_model(cache):
+        return TrainingModel(drafter, settings.objective(), FrozenTarget(model, cache), torch.arange(4))
+
+    plain, cached = training_model(None), training_model(tmp_path / "features")
+    target, own = training_flops(plain, batch)
+    # 64 tokens: at least each weight's product, and three times what the drafter's own pass over the row takes.
+    assert target >= 2 * 64 * sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    assert own >= 3 * 2 * 64 * sum(p.numel() for p in drafter.layers.parameters() if p.ndim == 2)
+    assert training_flops(cached, batch) == training_flops(cached, batch) == (target, own)
+    assert [cached.target_is_cached(b) for b in (batch, other)] == [True, False]
+    assert not plain.target_is_cached(batch)
+
+
+def test_steps_on_cached_features_are_counted_without_the_target(monkeypatch, tmp_path, tiny_target, data):
+    counted = []
+    monkeypatch.setattr("vllm_gumiho.training.speed.SpeedMeter.add", lambda self, tokens, flops: counted.append(flops))
+    settings = recipe(tiny_target, data, tmp_path / "run", row_length=256, feature_cache=str(tmp_path / "features"))
+    epoch = math.ceil(len(_train_rows(settings)) / settings.rows)
+    settings.steps = settings.save_every = 2 * epoch
+    train(settings)
+    assert len(counted) == 2 * epoch >= 4
+    assert set(counted[epoch:]) == {min(counted)}
+    assert max(counted[:epoch]) > min(counted)
 
 
 def test_early_stopping_ends_a_run_that_no_longer_gains(tmp_path, tiny_target, data):
