@@ -28,11 +28,14 @@ def watch_network() -> list[str]:
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     attempts = watch_network()
+    import vllm.config.vllm
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models.utils import get_draft_quant_config
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
+    # As on a GPU, where Triton is installed: else vLLM takes V1 before it looks for what V2 lacks.
+    vllm.config.vllm.HAS_TRITON = True
     results = {}
     for name, arguments in job["cases"].items():
         defaults = {"model": job["model"], "skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 256}
@@ -40,7 +43,9 @@ def main() -> None:
             config = EngineArgs(**(defaults | arguments)).create_engine_config()
             speculative = config.speculative_config
             results[name] = {"k": speculative and speculative.num_speculative_tokens}
-            results[name] |= {"V2 lacks": config._get_v2_model_runner_unsupported_features()}
+            results[name] |= {
+                "V2 lacks": config._get_v2_model_runner_unsupported_features(), "V2": config.use_v2_model_runner,
+            }  # fmt: skip
             if config.quant_config is not None:
                 draft = get_draft_quant_config(config) if speculative else None
                 results[name] |= {

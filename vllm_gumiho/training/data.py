@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,8 @@ def answer_counts(samples: Iterable[Sample], vocab_size: int) -> Tensor:
 
 
 def _counts(sequences: Iterable[tuple[list[int], list[bool]]], vocab_size: int) -> Tensor:
-    counts = np.zeros(vocab_size, np.int64)
-    for tokens, answered in sequences:
-        np.add.at(counts, np.asarray(tokens)[np.asarray(answered)], 1)
-    return torch.from_numpy(counts)
+    answers = [token for tokens, answered in sequences for token in compress(tokens, answered)]
+    return torch.bincount(torch.tensor(answers, dtype=torch.long), minlength=vocab_size)
 
 
 class PackedRows(Dataset):
