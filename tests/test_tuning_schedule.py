@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_gumiho.tuning import TuningError
-from vllm_gumiho.tuning.measure import Plan, costs_of
+from vllm_gumiho.tuning.measure import Plan, costs_of, record_of
 from vllm_gumiho.tuning.schedule import Costs, checked_schedule, choose, in_words, ranges
+from vllm_gumiho.tuning.verify import judged
 
 SIZES = (1, 2, 4, 8)
 ACCEPTANCE = [0.8, 0.7, 0.5]
@@ -175,3 +176,41 @@ def test_a_disturbed_off_time_cannot_turn_drafting_on():
 @pytest.mark.parametrize(("most", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
 def test_batch_sizes_double_up_to_the_largest(most, sizes):
     assert Plan(max_batch=most).batches == sizes
+
+
+def met(*speeds: float) -> dict:
+    """A record with a schedule for 1 and 2 requests after real ones ran at these shares of 10 and 20 tokens/s."""
+    record = record_of({}, measurement(one=(10.3, 12.0)), 1, Plan(max_batch=2))
+    assert record["schedule"] == [[1, 2, 1], [3, 3, 0]]
+    off = {"1": [9.0, 10.0, 30.0], "2": [20.0, 20.0, 20.0]}
+    line = {size: [speed * base, speed * base, 0.0] for size, speed, base in zip("12", speeds, (10, 20), strict=True)}
+    return judged(record, {"off": off, "schedule": line}, Plan(max_batch=2))
+
+
+def test_a_schedule_that_gains_in_real_requests_is_kept():
+    record = met(1.2, 0.96)
+    assert (record["schedule"], record["single"]) == ([[1, 2, 1], [3, 3, 0]], 1)
+    assert record["reason"].endswith("expected over no speculation; 1.20x at 1, 0.96x at 2 measured")
+    assert set(record["verified"]) == {"off", "schedule"}
+    assert "withdrawn" not in record
+
+
+@pytest.mark.parametrize(
+    ("speeds", "words"),
+    [
+        ((1.2, 0.94), "1.20x measured at batch size 1, but 0.94x at 2, under 0.95x"),
+        ((1.02, 0.96), "1.02x measured at batch size 1, but 0.99x on average"),
+        ((0.99, 0.98), "the best measured is 0.99x at 1"),
+    ],
+)
+def test_a_schedule_that_loses_in_real_requests_is_taken_back(speeds, words):
+    record = met(*speeds)
+    assert (record["schedule"], record["single"], record["above"]) == (None, 0, None)
+    assert record["withdrawn"] == [[1, 2, 1], [3, 3, 0]]
+    assert record["reason"].endswith(words)
+
+
+def test_a_record_without_a_schedule_keeps_its_reason():
+    record = record_of({}, measurement(), 1, Plan(max_batch=2)) | {"schedule": None, "reason": "planted"}
+    found = judged(record, {"off": {"1": [1.0]}, "K=1": {"1": [2.0]}}, Plan(max_batch=2))
+    assert (found["schedule"], found["reason"]) == (None, "planted")

@@ -280,7 +280,7 @@ def test_the_curve_is_plotted(tmp_path):
     [
         (["--max-batch", "0"], "--max-batch 0: give a number above 0"),
         (["--repeats", "-1"], "--repeats -1: give a number above 0"),
-        (["--curve", "x.png"], "--curve shows what --verify measures"),
+        (["--curve", "x.png", "--no-verify"], "--curve shows what verification measures"),
     ],
 )
 def test_tune_refuses_bad_arguments_before_it_starts_an_engine(arguments, words, cache):

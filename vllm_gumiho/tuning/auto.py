@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from vllm_gumiho.config import check_features, derive_draft_config, locate
 from vllm_gumiho.tuning import StorageError, TuningError, storage
 from vllm_gumiho.tuning.measure import Note, Plan, engine_settings, is_json, measure, mode_for, record_of
 from vllm_gumiho.tuning.schedule import in_words
+from vllm_gumiho.tuning.verify import verified
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -111,19 +113,20 @@ def stored_or_measured(spec: dict[str, Any], engine: EngineArgs, target: ModelCo
 def _measure_and_keep(
     spec: dict[str, Any], where: str, path: Path, engine: EngineArgs, target: ModelConfig, key: dict[str, Any]
 ) -> dict[str, Any]:
-    plan = Plan(max_batch=storage.largest_batch(engine), repeats=2, seconds=0.3, tokens=32, limit_s=1800)
+    plan = Plan(max_batch=storage.largest_batch(engine), repeats=2, seconds=0.3, tokens=32, rounds=2, limit_s=1800)
     logger.info(
         "Gumiho: no schedule is stored for this pair on this machine; measuring batch sizes up to %d in processes of "
         "their own before the engine starts, once, for some minutes (vllm-gumiho tune does it beforehand)",
         plan.max_batch,
     )
+    begun = time.perf_counter()
     record = measured_record(spec, where, path, engine, target, key, plan, logger.debug)
     try:
         file = str(storage.save(record))
     except StorageError:
         file = "the environment of this process and its children"
         os.environ[storage.VARIABLE] = json.dumps(record)
-    logger.info("Gumiho: measured in %.0f s, kept in %s", record["measurement"]["seconds"], file)
+    logger.info("Gumiho: measured in %.0f s, kept in %s", time.perf_counter() - begun, file)
     return record
 
 
@@ -131,11 +134,12 @@ def measured_record(
     spec: dict[str, Any], where: str, path: Path, engine: EngineArgs, target: ModelConfig, key: dict[str, Any],
     plan: Plan, note: Note,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure a pair by a plan.  Raises: TuningError, CheckpointError."""
+    """Measure a pair by a plan, and verify what was chosen.  Raises: TuningError, CheckpointError."""
     most = open_checkpoint(path).sizes.max_draft_tokens
     passed = {name: value for name, value in spec.items() if value is not None and is_json(value)}
     speculative = passed | {"method": "gumiho", "model": where}
     mode = mode_for(target.model, bool(engine.enforce_eager))
     settings = engine_settings(engine, target, plan.max_batch)
     measurement = measure(settings, speculative, most, plan, mode, note)
-    return record_of(key, measurement, most, plan)
+    record = record_of(key, measurement, most, plan)
+    return verified(record, settings, speculative, plan, mode, note) if plan.rounds else record

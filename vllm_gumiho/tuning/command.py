@@ -7,7 +7,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,9 +16,6 @@ from rich.table import Table
 from vllm_gumiho.tuning import TuningError
 from vllm_gumiho.tuning.schedule import MARGIN, MAX_LOSS, in_words
 from vllm_gumiho.tuning.theory import Option, best, options
-
-if TYPE_CHECKING:
-    from vllm_gumiho.tuning.measure import Note, Plan
 
 console = Console()
 
@@ -101,10 +98,16 @@ def tune(
     tokens: Annotated[int, typer.Option(help="Length of each answer that acceptance is measured on.")] = 64,
     margin: Annotated[float, typer.Option(help="Gain over not drafting that turns drafting on.")] = MARGIN,
     max_loss: Annotated[float, typer.Option(help="Loss at any batch size that turns it off altogether.")] = MAX_LOSS,
-    verify: Annotated[bool, typer.Option("--verify", help="Then measure real tokens/s, off, fixed and auto.")] = False,
-    verify_tokens: Annotated[int, typer.Option(help="Length of each answer of --verify.")] = 24,
-    rounds: Annotated[int, typer.Option(help="Rounds of --verify.")] = 2,
-    curve: Annotated[Path | None, typer.Option(help="PNG of --verify.")] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="Then measure real requests, without speculation and with the schedule, and take a schedule back that "
+            "loses more than --max-loss or on average."
+        ),
+    ] = True,
+    verify_tokens: Annotated[int, typer.Option(help="Mean length of the answers that verify.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds of them.")] = 3,
+    curve: Annotated[Path | None, typer.Option(help="PNG of the verification, with the largest K beside.")] = None,
 ) -> None:
     """Measure step times and acceptance on this machine, and store the schedule that "auto" uses.
 
@@ -124,7 +127,7 @@ def tune(
         if value is not None and value <= 0:
             raise TuningError(f"--{name.replace('_', '-')} {value}: give a number above 0")
     if curve is not None and not verify:
-        raise TuningError("--curve shows what --verify measures; give both")
+        raise TuningError("--curve shows what verification measures; leave --no-verify out")
     storage.writable_folder()
     current_platform.pre_register_and_update()
     given = {"quantization": quantization, "gpu_memory_utilization": gpu_memory_utilization}
@@ -143,15 +146,22 @@ def tune(
     spec = {"method": "gumiho", "model": checkpoint}
     where, path = locate(spec, model)
     key = storage.identity(engine, model, path, spec)
-    settings = Plan(max_batch or storage.largest_batch(engine), repeats, seconds, tokens, margin, max_loss)
+    settings = Plan(
+        max_batch or storage.largest_batch(engine),
+        repeats,
+        seconds,
+        tokens,
+        margin,
+        max_loss,
+        rounds if verify else 0,
+        verify_tokens,
+        fixed=curve is not None,
+    )
     with console.status("starting") as status:
         record = auto.measured_record(
             spec, where, path, engine, model, key, settings, lambda line: status.update(f"measuring: {line}")
         )
         file = storage.save(record)
-        if verify:
-            record |= {"verified": _verify(engine, model, where, record["most"], settings, verify_tokens, rounds,
-                                           lambda line: status.update(f"verifying: {line}"))}  # fmt: skip
     _show(record)
     console.print(f"stored: {file}", highlight=False, soft_wrap=True)
     if output is not None:
@@ -163,18 +173,6 @@ def tune(
         from vllm_gumiho.tuning.plot import plot_curve
 
         plot_curve(record["verified"], f"{Path(target).name}, {key['processor']}, {key['dtype']}", curve)
-
-
-def _verify(
-    engine: Any, model: Any, where: str, most: int, plan: Plan, tokens: int, rounds: int, note: Note
-) -> dict[str, dict[str, list[float]]]:
-    from vllm_gumiho.tuning.measure import engine_settings, mode_for
-    from vllm_gumiho.tuning.verify import measure_curve
-
-    settings = engine_settings(engine, model, plan.max_batch)
-    spec = {"method": "gumiho", "model": where}
-    mode = mode_for(model.model, bool(engine.enforce_eager))
-    return measure_curve(settings, spec, most, plan.batches, tokens, rounds, mode, note)
 
 
 def _portable(record: dict[str, Any]) -> dict[str, Any]:
@@ -207,11 +205,14 @@ def _show(record: dict[str, Any]) -> None:
             largest = record["schedule"][-1][0] - 1
             console.print(f"off where --max-num-seqs is above {largest}: {record['above']}", highlight=False)
     if "verified" in record:
+        from vllm_gumiho.tuning.verify import gains_of
+
         verified = record["verified"]
         table = Table("requests at once", *verified, title="measured tokens/s (and over off)")
-        for size, base in verified["off"].items():
-            speeds = [statistics.median(line[size]) for line in verified.values()]
-            table.add_row(size, *(f"{speed:.1f} ({speed / statistics.median(base):.2f}x)" for speed in speeds))
+        gains = {name: gains_of(verified, name) for name in verified}
+        for size in verified["off"]:
+            speeds = {name: statistics.median(line[size]) for name, line in verified.items()}
+            table.add_row(size, *(f"{speed:.1f} ({gains[name][int(size)]:.2f}x)" for name, speed in speeds.items()))
         console.print(table)
 
 

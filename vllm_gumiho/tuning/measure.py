@@ -35,7 +35,8 @@ PASSED_ON = (
 class Plan:
     """How much to measure.  seconds: of decoding for each cell and repeat.
 
-    tokens: of each answer for acceptance.  limit_s: for all of it.
+    tokens: of each answer for acceptance.  rounds, answer_tokens: of the real requests that then meet the schedule, no
+    rounds for none; fixed: the largest K meets them too.  limit_s: for the first part, and again for the second.
     """
 
     max_batch: int = 16
@@ -44,6 +45,9 @@ class Plan:
     tokens: int = 64
     margin: float = MARGIN
     max_loss: float = MAX_LOSS
+    rounds: int = 3
+    answer_tokens: int = 32
+    fixed: bool = False
     limit_s: float = 4 * 3600.0
 
     @property

@@ -83,13 +83,13 @@ def choose(costs: Costs, margin: float = MARGIN, max_loss: float = MAX_LOSS) -> 
     lengths = [_best_length(costs, size, margin) for size in range(1, costs.sizes[-1] + 1)]
     gains = {size: costs.speedup(lengths[size - 1], size) for size in costs.sizes}
     single = _best_single(costs, margin, max_loss)
-    reason = _refusal(gains, margin, max_loss) if any(lengths) else _no_gain(costs)
+    reason = refusal(gains, margin, max_loss) if any(lengths) else _no_gain(costs)
     if reason is not None:
         return Choice(None, single, reason)
     largest = costs.sizes[-1]
     idle = costs.speedup(0, largest)
     above = f"{idle:.2f}x expected with K=0 at {largest}, under {1 - max_loss:.2f}x" if idle < 1 - max_loss else None
-    return Choice(ranges(lengths), single, f"{_gain(gains)} expected over no speculation", above)
+    return Choice(ranges(lengths), single, f"{gains_in_words(gains)} expected over no speculation", above)
 
 
 def ranges(lengths: Sequence[int]) -> list[list[int]]:
@@ -131,6 +131,27 @@ def in_words(schedule: Sequence[Sequence[int]]) -> str:
     return ", ".join(parts)
 
 
+def refusal(gains: dict[int, float], margin: float, max_loss: float, word: str = "expected") -> str | None:
+    """Why speculation is left off for such gains over it, None where it is not.
+
+    gains: batch size to speed over no speculation, ``word`` says which kind.
+    """
+    size, most = max(gains.items(), key=lambda item: item[1])
+    worst_size, worst = min(gains.items(), key=lambda item: item[1])
+    if most < 1 + margin:
+        return f"no batch size gains {margin:.0%}: the best {word} is {most:.2f}x at {size}"
+    if worst < 1 - max_loss:
+        return f"{most:.2f}x {word} at batch size {size}, but {worst:.2f}x at {worst_size}, under {1 - max_loss:.2f}x"
+    if _mean(gains) <= 1:
+        return f"{most:.2f}x {word} at batch size {size}, but {_mean(gains):.2f}x on average"
+    return None
+
+
+def gains_in_words(gains: dict[int, float]) -> str:
+    """One line for the log."""
+    return ", ".join(f"{gain:.2f}x at {size}" for size, gain in gains.items())
+
+
 def _best_length(costs: Costs, batch: int, margin: float) -> int:
     most = max((length for length in costs.on if length), key=lambda k: (costs.speed(k, batch), -k), default=0)
     return most if costs.speed(most, batch) >= (1 + margin) * costs.speed(0, batch) else 0
@@ -141,31 +162,15 @@ def _best_single(costs: Costs, margin: float, max_loss: float) -> int:
     for length in sorted(costs.on):
         gains = {size: costs.speedup(length, size) for size in costs.sizes}
         mean = _mean(gains)
-        if length and mean > most and _refusal(gains, margin, max_loss) is None:
+        if length and mean > most and refusal(gains, margin, max_loss) is None:
             best, most = length, mean
     return best
-
-
-def _refusal(gains: dict[int, float], margin: float, max_loss: float) -> str | None:
-    size, most = max(gains.items(), key=lambda item: item[1])
-    worst_size, worst = min(gains.items(), key=lambda item: item[1])
-    if most < 1 + margin:
-        return f"no batch size gains {margin:.0%}: the best expected is {most:.2f}x at {size}"
-    if worst < 1 - max_loss:
-        return f"{most:.2f}x expected at batch size {size}, but {worst:.2f}x at {worst_size}, under {1 - max_loss:.2f}x"
-    if _mean(gains) <= 1:
-        return f"{most:.2f}x expected at batch size {size}, but {_mean(gains):.2f}x on average"
-    return None
 
 
 def _no_gain(costs: Costs) -> str:
     cells = [(costs.speedup(length, size), length, size) for length in costs.on if length for size in costs.sizes]
     gain, length, size = max(cells)
     return f"drafting pays at no batch size: at best {gain:.2f}x expected, with K={length} at batch size {size}"
-
-
-def _gain(gains: dict[int, float]) -> str:
-    return ", ".join(f"{gain:.2f}x at {size}" for size, gain in gains.items())
 
 
 def _mean(gains: dict[int, float]) -> float:

@@ -2,11 +2,12 @@
 
 FOLDER/llm.json holds the arguments of `vllm.LLM`.  Requests are JSON lines on standard input, ``{"do": name, ...}``;
 each gets one JSON line in FOLDER/replies, the first of which says what was started.  ``step`` times decoding steps,
-``acceptance`` counts accepted drafts by position, ``throughput`` times whole batches.
+``acceptance`` counts accepted drafts by position, ``throughput`` times a steady load.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -20,6 +21,8 @@ from vllm_gumiho.demo import PROMPTS
 from vllm_gumiho.tuning import TuningError
 
 WARM_STEPS = 3
+WAVES = 3
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 def main() -> None:
@@ -128,15 +131,42 @@ def step_ms(engine: Any, prompts: list[list[int]], batch: int, seconds: float) -
 
 
 def throughput(llm: Any, prompts: list[list[int]], batch: int, tokens: int) -> float:
-    """Output tokens/s, prompts included in the time, of ``batch`` greedy requests sent together."""
+    """Output tokens/s of a server kept at ``batch`` greedy requests, prompts included in the time.
+
+    A request that ends is followed by the next, `WAVES` times ``batch`` in all; the clock stops when one ends that none
+    follows.  Answers have half to one and a half times ``tokens`` tokens, as requests that all start and end together
+    would favour engines without speculation, where each gets a token a step.
+    """
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    asked = [{"prompt_token_ids": prompts[number % len(prompts)]} for number in range(batch)]
+    engine = llm.llm_engine
+    written: dict[str, int] = {}
+    waiting = iter(range(WAVES * batch))
+
+    def send(number: int) -> None:
+        name = f"{number}-{time.monotonic_ns()}"
+        length = max(1, round(tokens * (0.5 + number * GOLDEN_RATIO % 1)))
+        sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
+        engine.add_request(name, {"prompt_token_ids": prompts[number % len(prompts)]}, sampling)
+        written[name] = 0
+
     start = time.perf_counter()
-    outputs = llm.generate(asked, sampling, use_tqdm=False)
+    for number in itertools.islice(waiting, batch):
+        send(number)
+    kept_up = True
+    while kept_up:
+        for output in engine.step():
+            written[output.request_id] = len(output.outputs[0].token_ids)
+            if output.finished:
+                following = next(waiting, None)
+                kept_up = kept_up and following is not None
+                if following is not None:
+                    send(following)
     took = time.perf_counter() - start
-    return sum(len(output.outputs[0].token_ids) for output in outputs) / took
+    engine.abort_request(list(written))
+    while engine.has_unfinished_requests():
+        engine.step()
+    return sum(written.values()) / took
 
 
 def _counts(llm: Any) -> tuple[int, list[int]]:
