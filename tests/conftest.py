@@ -10,15 +10,14 @@ EMBEDDED = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct"
 
 
 def pytest_configure() -> None:
-    """Under pytest-xdist each worker, and the engines it starts, keep to cores of their own: OpenMP's threads spin."""
+    """Under pytest-xdist the engines of each worker keep to cores of their own: OpenMP's threads spin."""
     worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-    if worker is None or not hasattr(os, "sched_setaffinity"):
+    if worker is None or not hasattr(os, "sched_getaffinity"):
         return
-    cores = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: workers]
-    if cores:
-        os.sched_setaffinity(0, cores)
-        os.environ["OMP_NUM_THREADS"] = str(len(cores))
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    cores, number = sorted(os.sched_getaffinity(0)), int(worker.removeprefix("gw"))
+    mine = cores[number % workers :: workers] or [cores[number % len(cores)]]
+    os.environ["OMP_NUM_THREADS"] = str(len(mine))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, mine))
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ def prepare(runner: str) -> None:
 
         triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
         _take_wide_masks()
+        _give_log1p()
 
 
 def _take_wide_masks() -> None:
@@ -47,6 +48,14 @@ def _take_wide_masks() -> None:
 
     narrow("create_masked_load", 1)
     narrow("create_masked_store", 2)
+
+
+def _give_log1p() -> None:
+    """The interpreter has none of the device library; the sampling of rejected tokens needs this one."""
+    import triton.language as tl
+    from vllm.triton_utils import tldevice
+
+    tldevice.log1p = lambda x: tl.log(1.0 + x)
 
 
 def record_drafts(drafter) -> set[int]:

@@ -20,7 +20,7 @@ FEATURES: dict[str, tuple[str, str]] = {
     "greedy requests: continuous batching, every K, K by batch size": (SAME, ""),
     "sampling: temperature, top-p, top-k; greedy and probabilistic drafts": (
         DISTRIBUTION,
-        "G-test of the first tokens together, 5,000 draws of each setting; 20,000 in the long form",
+        "G-test of the first tokens together, 5,000 draws a setting; long form: 20,000, and 800 in V2 at T=1",
     ),
     "chunked prefill": (SAME, "prompts longer than `max_num_batched_tokens`"),
     "prefix caching": (

@@ -82,22 +82,37 @@ def test_a_measuring_engine_answers(spoken_target, tiny_checkpoint):
             engine.ask("step", batch=1, length=3, switch=False, seconds=0.01)
 
 
-def test_real_requests_meet_a_schedule_in_turn_with_no_speculation(spoken_target, tiny_checkpoint):
-    """A tiny target gains nothing from drafts: what was expected is planted, what is measured takes it back."""
+def test_real_requests_meet_a_schedule_in_turn_with_no_speculation(monkeypatch, spoken_target, tiny_checkpoint):
+    """A tiny target never gets ten times as fast by drafts: the planted schedule is taken back."""
+    started: list[MeasuringEngine] = []
+
+    class Watched(MeasuringEngine):
+        def __enter__(self):
+            started.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr("vllm_gumiho.tuning.verify.MeasuringEngine", Watched)
     settings = {
         "model": str(spoken_target), "dtype": "float32", "enforce_eager": True, "max_model_len": 512,
         "max_num_seqs": 2, "disable_log_stats": False,
     }  # fmt: skip
-    record = {"most": 7, "schedule": [[1, 2, 7], [3, 3, 0]], "single": 7, "reason": "planted", "above": None}
+    record = {
+        "most": 7, "schedule": [[1, 1, 5], [2, 3, 0]], "single": 7, "reason": "planted", "above": None,
+        "measurement": {"seconds": 0.0},
+    }  # fmt: skip
     plan = Plan(max_batch=2, rounds=2, answer_tokens=4, max_loss=-9.0)
-    found = verified(
-        record, settings, {"method": "gumiho", "model": str(tiny_checkpoint)}, plan, TOGETHER, lambda _: None
-    )
+    speculative = {"method": "gumiho", "model": str(tiny_checkpoint)}
+    found = verified(record, settings, speculative, plan, TOGETHER, lambda line: None)
     assert {name: {size: len(runs) for size, runs in line.items()} for name, line in found["verified"].items()} == {
         "off": {"1": 2, "2": 2}, "schedule": {"1": 2, "2": 2},
     }  # fmt: skip
     assert all(speed > 0 for line in found["verified"].values() for runs in line.values() for speed in runs)
     assert (found["schedule"], found["withdrawn"]) == (None, record["schedule"])
+    assert "measured" in found["reason"]
+    off, on = started
+    assert (off.settings["speculative_config"], off.started["draft_length"], off.serving) == (None, 0, True)
+    assert on.settings["speculative_config"]["num_speculative_tokens_per_batch_size"] == record["schedule"]
+    assert (on.started["draft_length"], on.serving) == (5, True)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +129,16 @@ def planted(tmp_path_factory, tiny_target, tiny_checkpoint):
         patch.setenv("VLLM_CACHE_ROOT", str(cache))
         for spec, schedule in (({}, [[1, 1, 5], [2, 2, 0]]), ({"draft_sample_method": "probabilistic"}, None)):
             key = storage.identity(engine, engine.create_model_config(), tiny_checkpoint, spec)
-            storage.save({"format": 1, "key": key, "most": 7, "single": 0, "reason": "planted", "schedule": schedule})
+            storage.save(
+                {
+                    "format": storage.FORMAT,
+                    "key": key,
+                    "most": 7,
+                    "single": 0,
+                    "reason": "planted",
+                    "schedule": schedule,
+                }
+            )
     cases = {
         "off": case(tiny_target, max_num_seqs=2),
         "schedule": auto(tiny_target, tiny_checkpoint),

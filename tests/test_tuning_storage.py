@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from vllm_gumiho.checkpoint import CheckpointError
 from vllm_gumiho.cli import app
-from vllm_gumiho.tuning import StorageError, TuningError, auto, storage
+from vllm_gumiho.tuning import StorageError, TuningError, auto, storage, verify, worker
 from vllm_gumiho.tuning.engine import MeasuringEngine
 from vllm_gumiho.tuning.measure import Plan, engine_settings, record_of
 from vllm_gumiho.tuning.plot import plot_curve
@@ -153,7 +153,7 @@ def test_a_changed_checkpoint_is_another_schedule(tmp_path, cache):
     "damage",
     [
         lambda text: "", lambda text: text[: len(text) // 2], lambda text: "[" * 100_000, lambda text: "[]",
-        lambda text: text.replace('"format": 1', '"format": 2'), lambda text: text.replace('"most": 1', '"most": "x"'),
+        lambda text: text.replace('"format": 2', '"format": 1'), lambda text: text.replace('"most": 1', '"most": "x"'),
         lambda text: text.replace('"single": ', '"single": 9'),
         lambda text: text.replace('"schedule": [', '"schedule": [0,'),
         lambda text: text.replace('"above": null', '"above": 1'),
@@ -250,6 +250,71 @@ def test_a_measuring_process_that_fails_is_a_warning_and_no_speculation(checkpoi
     )
     assert "the engine starts without speculation" in caplog.text
     assert not list(cache.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("share", "reason"),
+    [
+        (1.3, "1.30x at 1, 1.30x at 2 measured"),
+        (0.9, "the best measured is 0.90x at 1"),
+        (None, "not be verified: why"),
+    ],
+)
+def test_auto_keeps_what_real_requests_bear_out(checkpoint, cache, monkeypatch, share, reason):
+    """Measurements are planted: drafting pays by step times, and real requests run at ``share`` of no speculation."""
+
+    def curve(settings, configs, plan, *rest):
+        assert list(configs) == ["off", "schedule"]
+        if share is None:
+            raise TuningError("why")
+        return {name: {"1": [speed] * plan.rounds, "2": [speed] * plan.rounds} for name, speed in
+                (("off", 10.0), ("schedule", 10.0 * share))}  # fmt: skip
+
+    monkeypatch.setattr(auto, "measure", lambda *given: measurement(one=(10.3, 12.0)))
+    monkeypatch.setattr(verify, "measure_curve", curve)
+    spec = settle(checkpoint)
+    record = json.loads(next(cache.glob("*.json")).read_text())
+    assert record["reason"].endswith(reason)
+    if share == 1.3:
+        assert spec["num_speculative_tokens_per_batch_size"] == record["schedule"] == [[1, 2, 1], [3, 3, 0]]
+    else:
+        assert (spec, record["schedule"], record["single"]) == (None, None, 0)
+        assert record["withdrawn"] == [[1, 2, 1], [3, 3, 0]]
+
+
+@pytest.mark.parametrize(("batch", "a_step"), [(1, 1), (3, 1), (4, 3), (7, 2)])
+def test_a_steady_load_is_timed_while_it_is_steady(monkeypatch, batch, a_step):
+    """An engine whose clock ticks once a step and that gives each request ``a_step`` tokens."""
+    running: dict[str, list[int]] = {}
+    at_once, given = [], []
+
+    def step() -> list:
+        at_once.append(len(running))
+        outputs = []
+        for name, (length, tokens) in list(running.items()):
+            new = min(a_step, length - tokens)
+            given.append((len(at_once), new))
+            running[name][1] += new
+            finished = tokens + new == length
+            outputs.append(output(name, tokens + new, finished))
+            if finished:
+                del running[name]
+        return outputs
+
+    def output(name: str, tokens: int, finished: bool) -> SimpleNamespace:
+        return SimpleNamespace(request_id=name, finished=finished, outputs=[SimpleNamespace(token_ids=[0] * tokens)])
+
+    def add_request(name, prompt, sampling) -> None:
+        running[name] = [sampling.max_tokens, 0]
+
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: float(len(at_once)))
+    engine = SimpleNamespace(step=step, add_request=add_request, has_unfinished_requests=lambda: bool(running))
+    found = worker.throughput(SimpleNamespace(llm_engine=engine), [[1], [2], [3]], batch, 8)
+    steady = at_once.index(batch - 1) if batch > 1 else len(at_once)
+    assert set(at_once[:steady]) == {batch}
+    assert found == pytest.approx(sum(new for number, new in given if number <= steady) / steady)
+    assert sum(new for _, new in given) == pytest.approx(8 * max(3 * batch, 3), rel=0.1)
+    assert not running
 
 
 def test_a_measuring_process_that_takes_too_long_is_stopped():

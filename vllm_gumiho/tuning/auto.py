@@ -69,7 +69,10 @@ def apply(
     schedule = record["schedule"]
     if data_parallel > 1:
         if not record["single"]:
-            logger.info("Gumiho: with data parallelism no single K pays at every batch size; speculation is off")
+            logger.info(
+                "Gumiho: the engine starts without speculation: data parallelism needs a single K, and none pays at "
+                "every batch size by measurement on this machine (%s)", record["reason"],
+            )  # fmt: skip
             return None
         logger.info("Gumiho: K=%d at every batch size, as vLLM takes no schedule here", record["single"])
         return {**spec, "num_speculative_tokens": record["single"]}
@@ -113,7 +116,9 @@ def stored_or_measured(spec: dict[str, Any], engine: EngineArgs, target: ModelCo
 def _measure_and_keep(
     spec: dict[str, Any], where: str, path: Path, engine: EngineArgs, target: ModelConfig, key: dict[str, Any]
 ) -> dict[str, Any]:
-    plan = Plan(max_batch=storage.largest_batch(engine), repeats=2, seconds=0.3, tokens=32, rounds=2, limit_s=1800)
+    plan = Plan(
+        max_batch=storage.largest_batch(engine), repeats=2, seconds=0.3, tokens=32, answer_tokens=16, limit_s=1800
+    )
     logger.info(
         "Gumiho: no schedule is stored for this pair on this machine; measuring batch sizes up to %d in processes of "
         "their own before the engine starts, once, for some minutes (vllm-gumiho tune does it beforehand)",

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from vllm_gumiho.tuning import TuningError
@@ -19,14 +20,16 @@ from vllm_gumiho.tuning import TuningError
 class MeasuringEngine:
     """A context in which an engine runs in a process of its own; see `worker` for what it can be asked.
 
-    settings: arguments of `vllm.LLM`.  limit_s: from its start to its last answer.
+    settings: arguments of `vllm.LLM`.  limit_s: from its start to its last answer.  serving: laid out in processes like
+    a server's engine; without, in one process, whose draft length can be changed, but with a server's threads.
 
     Raises: TuningError, with the engine's reason, when it fails or takes too long.
     """
 
-    def __init__(self, settings: dict[str, Any], limit_s: float = 4 * 3600.0):
+    def __init__(self, settings: dict[str, Any], limit_s: float = 4 * 3600.0, serving: bool = False):
         self.settings = settings
         self.limit_s = limit_s
+        self.serving = serving
         self.started: dict[str, Any] = {}
         self._read = 0
 
@@ -38,6 +41,9 @@ class MeasuringEngine:
         self._replies, self._log = folder / "replies", folder / "log"
         self._replies.touch()
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(self.serving))
+        if not self.serving and self.settings.get("tensor_parallel_size", 1) == 1:
+            environment |= worker_threads()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "vllm_gumiho.tuning.worker", str(folder)],
@@ -90,3 +96,24 @@ class MeasuringEngine:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._folder.cleanup()
+
+
+def worker_threads() -> dict[str, str]:
+    """OpenMP's variables that vLLM gives the one worker of a server on a CPU, none elsewhere.
+
+    An engine in one process goes without them: it would use the core that a server keeps for its scheduler.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return {}
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+    parallel = SimpleNamespace(local_world_size=1, data_parallel_rank_local=None, _api_process_count=1)
+    try:
+        manager = OMPProcessManager(SimpleNamespace(parallel_config=parallel, kv_transfer_config=None))
+        before = dict(os.environ)
+        with manager.configure_omp_envs(0, 0):
+            return {name: value for name, value in os.environ.items() if before.get(name) != value}
+    except (AssertionError, AttributeError, TypeError, RuntimeError) as error:
+        raise TuningError(f"vLLM gives no threads to a worker here: {error or type(error).__name__}") from error

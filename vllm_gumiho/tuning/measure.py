@@ -36,7 +36,7 @@ class Plan:
     """How much to measure.  seconds: of decoding for each cell and repeat.
 
     tokens: of each answer for acceptance.  rounds, answer_tokens: of the real requests that then meet the schedule, no
-    rounds for none; fixed: the largest K meets them too.  limit_s: for the first part, and again for the second.
+    rounds for none; fixed: the largest K meets them too.  limit_s: for all of it.
     """
 
     max_batch: int = 16

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.engine.arg_utils import EngineArgs
 
-FORMAT = 1
+FORMAT = 2
 VARIABLE = "VLLM_GUMIHO_SCHEDULE"
 logger = logging.getLogger("vllm.vllm_gumiho")
 

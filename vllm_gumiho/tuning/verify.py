@@ -7,10 +7,12 @@ import statistics
 import time
 from typing import Any
 
+from vllm_gumiho.tuning import TuningError
 from vllm_gumiho.tuning.engine import MeasuringEngine
 from vllm_gumiho.tuning.measure import TOGETHER, Note, Plan
 from vllm_gumiho.tuning.schedule import gains_in_words, refusal
 
+WARM_TOKENS = 2
 Curve = dict[str, dict[str, list[float]]]
 
 
@@ -19,7 +21,8 @@ def verified(
 ) -> dict[str, Any]:
     """The record with the measured ``verified`` curve, and without its schedule where that loses: see `judged`.
 
-    settings, speculative: of `measure.measure`.  Raises: TuningError when an engine fails.
+    settings, speculative: of `measure.measure`.  What was measured is not lost when an engine fails, or when both take
+    more than ``plan.limit_s``: the schedule is then withdrawn as one that could not be verified.
     """
     most, schedule = record["most"], record["schedule"]
     configs: dict[str, dict[str, Any] | None] = {"off": None}
@@ -33,7 +36,11 @@ def verified(
         configs["schedule"] = {**speculative, **lengths}
     if len(configs) == 1:
         return record
-    return judged(record, measure_curve(settings, configs, plan, mode, note), plan)
+    try:
+        curve = measure_curve(settings, configs, plan, mode, note, plan.limit_s - record["measurement"]["seconds"])
+    except TuningError as error:
+        return _withdrawn(record, f"it could not be verified: {error}")
+    return judged(record, curve, plan)
 
 
 def judged(record: dict[str, Any], curve: Curve, plan: Plan) -> dict[str, Any]:
@@ -49,37 +56,46 @@ def judged(record: dict[str, Any], curve: Curve, plan: Plan) -> dict[str, Any]:
     gains = gains_of(curve, "schedule")
     refused = refusal(gains, 0.0, plan.max_loss, "measured")
     if refused is not None:
-        off = {"schedule": None, "single": 0, "above": None, "withdrawn": record["schedule"]}
-        return record | off | {"reason": f"{record['reason']}; {refused}"}
+        return _withdrawn(record, refused)
     return record | {"reason": f"{record['reason']}; {gains_in_words(gains)} measured"}
 
 
+def _withdrawn(record: dict[str, Any], why: str) -> dict[str, Any]:
+    if record["schedule"] is None:
+        return record
+    off = {"schedule": None, "single": 0, "above": None, "withdrawn": record["schedule"]}
+    return record | off | {"reason": f"{record['reason']}; {why}"}
+
+
 def gains_of(curve: Curve, name: str) -> dict[int, float]:
-    """Concurrency to median tokens/s of a line over that of "off"."""
+    """Concurrency to tokens/s of a line over those of "off" in the same round, the median of rounds."""
     return {
-        int(size): statistics.median(rounds) / statistics.median(curve["off"][size])
+        int(size): statistics.median(a / b for a, b in zip(rounds, curve["off"][size], strict=True))
         for size, rounds in curve[name].items()
     }
 
 
 def measure_curve(
-    settings: dict[str, Any], configs: dict[str, dict[str, Any] | None], plan: Plan, mode: str, note: Note
-) -> Curve:
+    settings: dict[str, Any], configs: dict[str, dict[str, Any] | None], plan: Plan, mode: str, note: Note,
+    limit_s: float,
+) -> Curve:  # fmt: skip
     """``{name: {concurrency: [output tokens/s of each round]}}`` of engines with these speculative configs.
 
     settings: arguments of `vllm.LLM`, the same that the schedule is stored for.  mode: of `measure.mode_for`; where
-    engines fit side by side they take turns, elsewhere they follow each other in each round.
+    engines fit side by side they take turns, elsewhere they follow each other, in every other round backwards.
 
-    Raises: TuningError when an engine fails, or when it takes more than ``plan.limit_s``.
+    Raises: TuningError when an engine fails, or when all takes more than ``limit_s`` seconds.
     """
     begun = time.perf_counter()
     curve: Curve = {name: {str(batch): [] for batch in plan.batches} for name in configs}
 
     def start(stack: contextlib.ExitStack, name: str) -> MeasuringEngine:
         note(f"starting {name}")
-        left = max(0.0, plan.limit_s - (time.perf_counter() - begun))
-        engine = stack.enter_context(MeasuringEngine({**settings, "speculative_config": configs[name]}, left))
-        engine.ask("throughput", batch=1, tokens=plan.answer_tokens)
+        left = max(0.0, limit_s - (time.perf_counter() - begun))
+        arguments = {**settings, "speculative_config": configs[name]}
+        engine = stack.enter_context(MeasuringEngine(arguments, left, serving=True))
+        for batch in plan.batches:
+            engine.ask("throughput", batch=batch, tokens=WARM_TOKENS)
         return engine
 
     def run(engine: MeasuringEngine, name: str, batch: int) -> None:
@@ -94,8 +110,8 @@ def measure_curve(
                     for name, engine in engines.items():
                         run(engine, name, batch)
         return curve
-    for _ in range(plan.rounds):
-        for name in configs:
+    for number in range(plan.rounds):
+        for name in list(configs)[:: -1 if number % 2 else 1]:
             with contextlib.ExitStack() as stack:
                 engine = start(stack, name)
                 for batch in plan.batches:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import statistics
 import sys
 import time
@@ -27,7 +26,6 @@ GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 def main() -> None:
     """Serve requests until standard input ends; a failure is the last reply, as ``error``."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     folder = Path(sys.argv[1])
     with (folder / "replies").open("a", buffering=1) as replies:
         try:
@@ -123,29 +121,27 @@ def step_ms(engine: Any, prompts: list[list[int]], batch: int, seconds: float) -
         if not times and time.perf_counter() - begun > 300:
             break
     engine.abort_request(names)
-    while engine.has_unfinished_requests():
-        engine.step()
     if not times:
         raise TuningError(f"{batch} requests never decoded together; lower --max-batch or give the KV cache more room")
     return 1000 * statistics.median(times)
 
 
 def throughput(llm: Any, prompts: list[list[int]], batch: int, tokens: int) -> float:
-    """Output tokens/s of a server kept at ``batch`` greedy requests, prompts included in the time.
+    """Output tokens/s while ``batch`` greedy requests run, each followed by the next; prompts are part of the time.
 
-    A request that ends is followed by the next, `WAVES` times ``batch`` in all; the clock stops when one ends that none
-    follows.  Answers have half to one and a half times ``tokens`` tokens, as requests that all start and end together
+    `WAVES` times ``batch`` requests in all, and every prompt at least once; the clock stops when one ends that none
+    follows.  Answers have half to one and a half times ``tokens`` tokens: requests that all start and end together
     would favour engines without speculation, where each gets a token a step.
     """
     from vllm import SamplingParams
 
     engine = llm.llm_engine
     written: dict[str, int] = {}
-    waiting = iter(range(WAVES * batch))
+    waiting = iter(range(max(WAVES * batch, len(prompts))))
 
     def send(number: int) -> None:
         name = f"{number}-{time.monotonic_ns()}"
-        length = max(1, round(tokens * (0.5 + number * GOLDEN_RATIO % 1)))
+        length = max(1, round(tokens * (0.5 + (number + 0.5) * GOLDEN_RATIO % 1)))
         sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
         engine.add_request(name, {"prompt_token_ids": prompts[number % len(prompts)]}, sampling)
         written[name] = 0
@@ -153,20 +149,19 @@ def throughput(llm: Any, prompts: list[list[int]], batch: int, tokens: int) -> f
     start = time.perf_counter()
     for number in itertools.islice(waiting, batch):
         send(number)
-    kept_up = True
-    while kept_up:
+    steady = True
+    while steady:
         for output in engine.step():
             written[output.request_id] = len(output.outputs[0].token_ids)
             if output.finished:
                 following = next(waiting, None)
-                kept_up = kept_up and following is not None
+                steady = steady and following is not None
                 if following is not None:
                     send(following)
-    took = time.perf_counter() - start
-    engine.abort_request(list(written))
+    found = sum(written.values()) / (time.perf_counter() - start)
     while engine.has_unfinished_requests():
         engine.step()
-    return sum(written.values()) / took
+    return found
 
 
 def _counts(llm: Any) -> tuple[int, list[int]]:
