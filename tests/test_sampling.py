@@ -147,7 +147,6 @@ def test_sampled_tokens_have_the_targets_joint_distribution(drawn, target, draws
 
 
 @pytest.mark.long
-@pytest.mark.feature("sampling: temperature, top-p, top-k; greedy and probabilistic drafts", "V2")
 def test_sampled_tokens_of_v2_have_the_targets_joint_distribution(drawn_by_v2, target):
     assert drawn_by_v2["on"]["facts"]["runner"] == "v2"
     counts = step(drawn_by_v2, "on", "T=1")["counts"]
