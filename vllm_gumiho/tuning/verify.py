@@ -13,6 +13,8 @@ from vllm_gumiho.tuning.measure import TOGETHER, Note, Plan
 from vllm_gumiho.tuning.schedule import gains_in_words, refusal
 
 WARM_TOKENS = 2
+# The processes of the engine that had its turn look for work for one second more before they leave the cores.
+REST_S = 1.2
 Curve = dict[str, dict[str, list[float]]]
 
 
@@ -100,6 +102,7 @@ def measure_curve(
 
     def run(engine: MeasuringEngine, name: str, batch: int) -> None:
         note(f"{name}, {batch} at once")
+        time.sleep(REST_S)
         curve[name][str(batch)].append(engine.ask("throughput", batch=batch, tokens=plan.answer_tokens))
 
     if mode == TOGETHER:
