@@ -324,6 +324,12 @@ def test_a_measuring_process_that_takes_too_long_is_stopped():
     assert engine._process.poll() is not None
 
 
+def test_a_vllm_that_gives_no_threads_is_a_warning_and_no_speculation(checkpoint, cache, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm.utils.ompmultiprocessing", None)
+    assert settle(checkpoint) is None
+    assert "vLLM gives no threads to a worker here: import of vllm.utils.ompmultiprocessing" in caplog.text
+
+
 def test_rewriting_alone_names_auto_in_its_refusal(checkpoint, cache):
     from vllm_gumiho.config import rewrite
 

@@ -107,13 +107,13 @@ def worker_threads() -> dict[str, str]:
 
     if not current_platform.is_cpu():
         return {}
-    from vllm.utils.ompmultiprocessing import OMPProcessManager
-
-    parallel = SimpleNamespace(local_world_size=1, data_parallel_rank_local=None, _api_process_count=1)
     try:
-        manager = OMPProcessManager(SimpleNamespace(parallel_config=parallel, kv_transfer_config=None))
+        from vllm.config import ParallelConfig
+        from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+        manager = OMPProcessManager(SimpleNamespace(parallel_config=ParallelConfig(), kv_transfer_config=None))
         before = dict(os.environ)
         with manager.configure_omp_envs(0, 0):
             return {name: value for name, value in os.environ.items() if before.get(name) != value}
-    except (AssertionError, AttributeError, TypeError, RuntimeError) as error:
+    except (ImportError, AssertionError, AttributeError, TypeError, RuntimeError) as error:
         raise TuningError(f"vLLM gives no threads to a worker here: {error or type(error).__name__}") from error
