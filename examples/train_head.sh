@@ -23,5 +23,5 @@ vllm-gumiho generate --target "$TARGET" --prompts "$PROMPTS" --evaluation-prompt
 vllm-gumiho train --target "$TARGET" --data "$OUT/answers.jsonl" --evaluation-prompts "$EVALUATION" \
     --steps "$STEPS" --save-every "$STEPS" --rows 1 --row-length "$ROW_LENGTH" --output "$OUT/head"
 vllm-gumiho eval --target "$TARGET" --checkpoint "$OUT/head/final" --prompts "$EVALUATION" --max-tokens "$JUDGED" \
-    --json "$OUT/judgement.json"
+    --output "$OUT/judgement.json"
 echo "turn it on: vllm serve TARGET --speculative-config '{\"method\": \"gumiho\", \"model\": \"$OUT/head/final\"}'"

@@ -34,7 +34,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def embedded_target() -> Path:
     if not (EMBEDDED / "model.safetensors").is_file():
-        from vllm_gumiho.embedded import embedded_target
+        from vllm_gumiho.engines.smollm2 import smollm2_folder
 
-        return embedded_target(EMBEDDED.parent)
+        return smollm2_folder(EMBEDDED.parent)
     return EMBEDDED

@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one command: ``python tests/gpu_main.py --out out/gpu`` (``make gpu``).
 
-    kernels   their tests on the device (tests/test_kernel_gpu.py)
+    kernels   their tests on the device (tests/kernels/test_kernel_gpu.py)
     engine    a tiny target in both model runners with CUDA graphs, kernels off and on: log lines, texts, launches
-    bench     python -m vllm_gumiho.kernels.bench --json OUT/bench.json
+    bench     python -m vllm_gumiho.kernels.bench --output OUT/bench.json
     speed     only with --target (and --checkpoint): tokens per second with the kernels off and on
 
 Needs vLLM for CUDA in the interpreter that runs it, nothing of this project installed.  Each part writes its log into
@@ -25,7 +25,8 @@ SWITCHES = ("0", "auto")
 
 
 def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join(p for p in (str(TESTS.parent), os.environ.get("PYTHONPATH")) if p)
+    known = (str(TESTS.parent), str(TESTS / "support"), os.environ.get("PYTHONPATH"))
+    path = os.pathsep.join(p for p in known if p)
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "GUMIHO_TESTS_ON_GPU": "1", **more}
 
 
@@ -41,29 +42,31 @@ def run(out: Path, name: str, *command: str, **more: str) -> dict:
 
 def run_cases(out: Path, name: str, runner: str, switch: str, cases: dict[str, dict]) -> dict:
     """Engine cases in a process of their own, with the switch set; their results and Gumiho's lines of the log."""
-    job, result = out / f"{name}.job.json", out / f"{name}.result.json"
-    job.write_text(json.dumps({"runner": runner, "cases": {k: v | {"import_first": True} for k, v in cases.items()}}))
-    found = run(out, name, str(TESTS / "engine_main.py"), str(job), str(result), VLLM_GUMIHO_KERNELS=switch)
-    lines = [line for line in Path(found["log"]).read_text().splitlines() if "Gumiho drafts with" in line]
-    results = json.loads(result.read_text()) if result.exists() else {}
-    return found | {"lines": lines, "cases": results}
+    from engines import run_engines
+
+    folder, started = out / name, time.monotonic()
+    folder.mkdir(exist_ok=True)
+    asked = {key: value | {"import_first": True} for key, value in cases.items()}
+    results = run_engines(folder, runner, asked, environment(VLLM_GUMIHO_KERNELS=switch))
+    text = next(iter(results.values())).get("log", "")
+    (out / f"{name}.log").write_text(text)
+    lines = [line for line in text.splitlines() if "Gumiho drafts with" in line]
+    return {"seconds": round(time.monotonic() - started, 1), "lines": lines, "cases": results}
 
 
 def engine(out: Path) -> dict:
     """Tiny target: in float32 the text must be the target's own; bfloat16 is reported, as ties may fall otherwise."""
     import tiny
-    from engines import GREEDY, UNEQUAL_PROMPTS
+    from engines import case
 
     target = tiny.write_target(out / "tiny-target")
     checkpoint = tiny.write_released(out / "tiny-checkpoint", tiny.drafter_tensors())
-    calls = [{"prompts": UNEQUAL_PROMPTS, "sampling": GREEDY}]
-    settings = {"model": str(target), "enforce_eager": False, "gpu_memory_utilization": 0.2, "max_num_seqs": 8}
+    settings = {"enforce_eager": False, "gpu_memory_utilization": 0.2, "max_num_seqs": 8}
     cases = {}
     for dtype, more in (("float32", {"attention_backend": "TRITON_ATTN"}), ("bfloat16", {})):
         off = settings | {"dtype": dtype} | more
-        cases[f"off {dtype}"] = {"llm": off, "calls": calls}
-        gumiho = {"method": "gumiho", "model": str(checkpoint)}
-        cases[f"gumiho {dtype}"] = {"llm": off | {"speculative_config": gumiho}, "calls": calls}
+        cases[f"off {dtype}"] = case(target, **off)
+        cases[f"gumiho {dtype}"] = case(target, {"method": "gumiho", "model": str(checkpoint)}, **off)
     report: dict = {"ok": True}
     for runner in ("v1", "v2"):
         for switch in SWITCHES:
@@ -80,15 +83,14 @@ def engine(out: Path) -> dict:
 
 def speed(out: Path, target: str, checkpoint: str | None) -> dict:
     """Tokens per second of one request and of eight, greedy, 256 tokens each."""
+    from engines import case
+
     gumiho = {"method": "gumiho", **({"model": checkpoint} if checkpoint else {})}
     sampling = {"temperature": 0.0, "max_tokens": 256, "ignore_eos": True}
     prompts = [[(7 + 13 * i * j) % 1000 + 5 for j in range(64)] for i in range(1, 9)]
     calls = [{"prompts": prompts[:n], "sampling": sampling} for n in (1, 1, 8)]
-    settings = {"model": target, "enforce_eager": False, "dtype": "auto", "max_model_len": 2048}
-    cases = {
-        "off": {"llm": settings, "calls": calls},
-        "gumiho": {"llm": settings | {"speculative_config": gumiho}, "calls": calls},
-    }
+    settings = {"enforce_eager": False, "dtype": "auto", "max_model_len": 2048}
+    cases = {"off": case(target, None, calls, **settings), "gumiho": case(target, gumiho, calls, **settings)}
     report: dict = {"ok": True}
     for switch in SWITCHES:
         found = run_cases(out, f"speed-{switch}", "v2", switch, cases)
@@ -107,7 +109,7 @@ def main() -> int:
     parser.add_argument("--target", help="a model to measure (folder or name)")
     parser.add_argument("--checkpoint", help="its Gumiho checkpoint, if the target's own is not to be looked up")
     args = parser.parse_args()
-    sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+    sys.path[:0] = [str(TESTS.parent), str(TESTS / "support")]
     import torch
 
     if not torch.cuda.is_available():
@@ -120,11 +122,11 @@ def main() -> int:
         if part == "speed" and not args.target:
             continue
         if part == "kernels":
-            tests = str(TESTS / "test_kernel_gpu.py")
+            tests = str(TESTS / "kernels" / "test_kernel_gpu.py")
             report[part] = run(out, part, "-m", "pytest", tests, "-q", "-p", "no:cacheprovider")
             report[part]["ok"] = report[part]["status"] == 0
         elif part == "bench":
-            report[part] = run(out, part, "-m", "vllm_gumiho.kernels.bench", "--json", str(out / "bench.json"))
+            report[part] = run(out, part, "-m", "vllm_gumiho.kernels.bench", "--output", str(out / "bench.json"))
             report[part]["ok"] = report[part]["status"] == 0
         else:
             report[part] = engine(out) if part == "engine" else speed(out, args.target, args.checkpoint)

@@ -14,7 +14,7 @@ __all__ = ["__version__", "register"]
 def register() -> None:
     """Make Gumiho available to vLLM.  May be called any number of times; never raises."""
     try:
-        from vllm_gumiho.hooks import install
+        from vllm_gumiho.plugin.install import install
 
         install()
     except Exception:

@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hidden", nargs="+", type=int, default=[4096])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 32, 64])
     parser.add_argument("--dtype", nargs="+", default=["bf16:bf16", "fp16:fp16", "fp32:fp32", "bf16:fp8"])
-    parser.add_argument("--json", type=Path, help="also write the reports to this file")
+    parser.add_argument("--output", "--json", type=Path, help="also write the reports to this file")
     args = parser.parse_args(argv)
 
     from triton import knobs
@@ -168,8 +168,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{report.shared:>7} B shared  {report.shape}",
             flush=True,
         )
-    if args.json:
-        args.json.write_text(json.dumps([asdict(report) for report in found], indent=1) + "\n")
+    if args.output:
+        args.output.write_text(json.dumps([asdict(report) for report in found], indent=1) + "\n")
     bad = [report for report in found if report.spills or report.shared > report.shared_limit]
     for report in bad:
         print(f"too large: {report}", file=sys.stderr)

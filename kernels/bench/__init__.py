@@ -1,4 +1,4 @@
-"""Time the kernels on a CUDA device: ``python -m vllm_gumiho.kernels.bench --json results.json``.
+"""Time the kernels on a CUDA device: ``python -m vllm_gumiho.kernels.bench --output results.json``.
 
 Every case is checked against the reference first, and only a right result is timed.  Timings are medians of CUDA graph
 replays; a graph runs over several sets of inputs and weights that together exceed the L2 cache several times.
@@ -125,7 +125,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vllm_gumiho.kernels.bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--json", type=Path, metavar="F", help="write machine, versions and all rows to this file")
+    parser.add_argument(
+        "--output", "--json", type=Path, metavar="F", help="write machine, versions and rows to this file"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, no timings")
     parser.add_argument("--hidden", nargs="+", type=int, default=HIDDEN_SIZES)
     parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
@@ -154,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
             torch.cuda.empty_cache()
     if skipped:
         print(f"not run for lack of time: {'; '.join(skipped)}")
-    if args.json:
+    if args.output:
         record = {"machine": timing.machine(), "copy_gigabytes_per_second": copy_rate, "skipped": skipped}
-        args.json.write_text(json.dumps(record | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        args.output.write_text(json.dumps(record | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     return int(not all(row.right for row in rows))

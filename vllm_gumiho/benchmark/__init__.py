@@ -1,5 +1,1 @@
-"""Benchmarks: no speculation, n-grams, EAGLE and Gumiho in turn, offline and against a server."""
-
-
-class BenchError(ValueError):
-    """A benchmark that cannot be run.  The message names the input, the reason and the remedy."""
+"""Benchmarks: no speculation, n-grams, EAGLE and our drafters in turn, offline and against a server."""

@@ -1,89 +1,65 @@
-"""Offline cells: ``LLM.generate`` in batches, in an engine process of its own.
+"""Offline cells: ``LLM.generate`` in batches, in an `engines.worker`.
 
-``python -m vllm_gumiho.benchmark.offline JOB.json RESULT.jsonl``, the form that `evaluation.judge.engine_lines` runs.
 Requests are those that ``vllm bench serve`` would make of the same arguments.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
+import hashlib
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
-
+from vllm_gumiho.benchmark.arguments import parse_engine_args, parse_request_args
 from vllm_gumiho.benchmark.grid import Grid, Variant
-from vllm_gumiho.evaluation.judge import engine_lines
-from vllm_gumiho.evaluation.metrics import acceptance, read_counts
+from vllm_gumiho.engines.counters import acceptance, read_counts
+from vllm_gumiho.engines.process import Worker
+from vllm_gumiho.engines.stream import Stream
+from vllm_gumiho.engines.worker import engine_facts
+from vllm_gumiho.env import ONE_PROCESS, SCOPES
 
-SCOPES = {"forward": "verify", "postprocess": "verify", "sample": "verify", "draft": "draft"}
-SCOPES_VARIABLE = "VLLM_CUSTOM_SCOPES_FOR_PROFILING"
+PARTS = {"forward": "verify", "postprocess": "verify", "sample": "verify", "draft": "draft"}
 WARM_TOKENS = 8
 
 
 def run(grid: Grid, variant: Variant, wanted: list[int]) -> Iterator[dict[str, Any]]:
-    """Cells of one engine as they finish, for the wanted concurrencies.  Raises: EvalError when the engine fails."""
-    job = {
-        "engine_args": grid.engine_argv(variant),
-        "cells": [{"concurrency": c, "request_args": grid.request_argv(c)} for c in wanted],
-        "length": variant.length, "profile_steps": grid.profile_steps, "interpreter": grid.interpreter,
-    }  # fmt: skip
-    yield from engine_lines(job, Console(quiet=True), variant.label, "vllm_gumiho.benchmark.offline")
+    """Cells of one engine as they finish, for the wanted concurrencies.  Raises: EngineError when the engine fails."""
+    environment = {ONE_PROCESS.name: "0", SCOPES.name: "1"}
+    job = {"engine_args": grid.engine_argv(variant), "interpreter": grid.interpreter}
+    with Worker(__name__, job, f"{variant.label}: the engine", environment=environment) as engine:
+        engine.ask("warm", request_args=grid.request_argv(wanted[0]))
+        for concurrency in wanted:
+            yield engine.ask(
+                "cell",
+                request_args=grid.request_argv(concurrency),
+                concurrency=concurrency,
+                length=variant.length,
+                profile_steps=grid.profile_steps if engine.started["model_runner"] == "V1" else 0,
+            )
 
 
-def parse_engine_args(argv: list[str]) -> Any:
-    """vLLM's ``EngineArgs`` for the arguments of ``vllm serve``, the target first.  Raises: SystemExit as argparse."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    return EngineArgs.from_cli_args(parser.parse_args(["--model", *argv]))
-
-
-def parse_request_args(argv: list[str]) -> argparse.Namespace:
-    """Arguments of ``vllm bench serve``, general lengths set for each dataset as that command does."""
-    from vllm.benchmarks.serve import add_cli_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = FlexibleArgumentParser()
-    add_cli_args(parser)
-    args = parser.parse_args(argv)
-    for name in list(vars(args)):
-        if name.endswith("_output_len") and args.output_len is not None:
-            setattr(args, name, args.output_len)
-    if args.input_len is not None:
-        args.random_input_len = args.input_len
-    args.ignore_eos = args.ignore_eos or args.dataset_name == "random"
-    return args
-
-
-def run_engine(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
-    """Run every cell of the job: a line for the engine, then one a cell."""
+def start(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """An engine for the arguments of ``vllm serve``."""
     from vllm import LLM
 
     llm = LLM.from_engine_args(parse_engine_args(job["engine_args"]))
-    config = llm.llm_engine.vllm_config
-    runner = "V2" if config.use_v2_model_runner else "V1"
-    emit({"kind": "engine", "model_runner": runner, "dtype": str(config.model_config.dtype).removeprefix("torch.")})
-    warm = False
-    for cell in job["cells"]:
-        asked = parse_request_args(cell["request_args"])
-        requests = _requests(llm, asked)
-        if not warm:
-            _generate(llm, [requests[0]], asked, 1, WARM_TOKENS)
-            warm = True
-        done = measure(llm, requests, asked, cell["concurrency"], job["length"])
-        done["step_ms"] = None
-        if job["profile_steps"] and runner == "V1":
-            done["step_ms"] = step_times(llm, requests, cell["concurrency"], job["profile_steps"])
-        emit({"kind": "cell", "concurrency": cell["concurrency"], "model_runner": runner, **done})
-    llm.llm_engine.engine_core.shutdown()
+    return llm, engine_facts(llm)
+
+
+def warm(llm: Any, request_args: list[str]) -> None:
+    """A short request, which pays for what is made on first use."""
+    asked = parse_request_args(request_args)
+    _generate(llm, _requests(llm, asked)[:1], asked, 1, WARM_TOKENS)
+
+
+def cell(llm: Any, request_args: list[str], concurrency: int, length: int, profile_steps: int) -> dict[str, Any]:
+    """Figures of one cell; times of a step's parts where ``profile_steps`` are asked for."""
+    asked = parse_request_args(request_args)
+    requests = _requests(llm, asked)
+    done = measure(llm, requests, asked, concurrency, length)
+    steps = step_times(llm, requests, concurrency, profile_steps) if profile_steps else None
+    return {"concurrency": concurrency, "model_runner": engine_facts(llm)["model_runner"], **done, "step_ms": steps}
 
 
 def measure(llm: Any, requests: list[Any], asked: argparse.Namespace, concurrency: int, length: int) -> dict[str, Any]:
@@ -125,30 +101,28 @@ def step_times(llm: Any, requests: list[Any], concurrency: int, steps: int) -> d
     from torch.profiler import ProfilerActivity, profile
     from vllm import SamplingParams
 
-    engine = llm.llm_engine
+    engine, stream = llm.llm_engine, Stream(llm.llm_engine)
     sampling = SamplingParams(temperature=0, max_tokens=512, ignore_eos=True, detokenize=False)
-    names = [f"step-{concurrency}-{i}-{time.monotonic_ns()}" for i in range(concurrency)]
-    for name, request in zip(names, requests, strict=False):
-        engine.add_request(name, _prompt(request), sampling)
-    started: set[str] = set()
+    for number, request in enumerate(requests[:concurrency]):
+        stream.send(number, _prompt(request), sampling)
+    started: set[int] = set()
     while len(started) < min(concurrency, len(requests)) and engine.has_unfinished_requests():
-        started |= {output.request_id for output in engine.step()}
+        started |= {number for number, _ in stream.step()}
     accelerator = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if accelerator else [])]
     begin, taken = time.perf_counter(), 0
     with profile(activities=activities, acc_events=True) as profiled:
         while taken < steps and engine.has_unfinished_requests():
-            engine.step()
+            stream.step()
             taken += 1
         total = 1000 * (time.perf_counter() - begin)
-    engine.abort_request(names)
-    while engine.has_unfinished_requests():
-        engine.step()
+    stream.abort()
+    stream.drain()
     if not taken:
         return None
     parts = dict.fromkeys(("verify", "draft"), 0.0)
     for event in profiled.key_averages():
-        part = SCOPES.get(event.key.removeprefix("gpu_model_runner: "))
+        part = PARTS.get(event.key.removeprefix("gpu_model_runner: "))
         if part is not None and event.key.startswith("gpu_model_runner: "):
             parts[part] += (event.device_time_total if accelerator else event.cpu_time_total) / 1000
     return {name: ms / taken for name, ms in parts.items()} | {"rest": max(0.0, total - sum(parts.values())) / taken}
@@ -186,33 +160,7 @@ def _prompt(request: Any) -> dict[str, str]:
 
 
 def _digest(tokens: Any) -> str:
-    import hashlib
-
     return hashlib.sha256(" ".join(map(str, tokens)).encode()).hexdigest()[:12]
 
 
-def main() -> None:
-    """Run the job of the first argument, write lines to the second; exit code 1 after an error."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.update({"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", SCOPES_VARIABLE: "1"})
-    job = json.loads(Path(sys.argv[1]).read_text())
-    with Path(sys.argv[2]).open("a") as lines:
-
-        def emit(line: dict[str, Any]) -> None:
-            lines.write(json.dumps(line) + "\n")
-            lines.flush()
-
-        try:
-            if job["interpreter"]:
-                from vllm_gumiho.benchmark.interpreter import prepare
-
-                prepare()
-            run_engine(job, emit)
-        except (Exception, SystemExit) as error:
-            traceback.print_exc()
-            emit({"kind": "error", "message": f"{type(error).__name__}: {error}"})
-            raise SystemExit(1) from None
-
-
-if __name__ == "__main__":
-    main()
+TASKS = {"warm": warm, "cell": cell}

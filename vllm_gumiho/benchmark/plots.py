@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_gumiho.evaluation.plot import plot_acceptance
-from vllm_gumiho.tuning.plot import new_figure, save
+from vllm_gumiho.figures import MARKERS, new_figure, save_figure
 
 PARTS = ("verify", "draft", "rest")
 
@@ -15,7 +15,7 @@ PARTS = ("verify", "draft", "rest")
 def plot_all(report: dict[str, Any], folder: Path) -> list[Path]:
     """Write the plots that the report has figures for; their paths.
 
-    Raises: TuningError or EvalError without matplotlib, or when a file cannot be written.
+    Raises: FigureError without matplotlib, or when a file cannot be written.
     """
     rows = [row for row in report["summary"] if "output_tokens_per_s" in row]
     drawn = []
@@ -40,17 +40,19 @@ def _speedup(rows: list[dict[str, Any]], assumed: str, file: Path) -> bool:
                 [row["speedup"] - row["speedup_range"][0] for row in line],
                 [row["speedup_range"][1] - row["speedup"] for row in line],
             ]
-            style = {"color": "black", "linestyle": "--"} if label == "off" else {"marker": "osD^vPX*"[index % 8]}
+            style = (
+                {"color": "black", "linestyle": "--"} if label == "off" else {"marker": MARKERS[index % len(MARKERS)]}
+            )
             axis.errorbar([row["concurrency"] for row in line], middle, yerr=spread, capsize=3, label=label, **style)
         sizes = sorted({row["concurrency"] for row in of_mode})
-        axis.set(title=mode, xlabel="requests at a time", xscale="log", ylim=(0, None))
+        axis.set(title=mode, xlabel="requests at once", xscale="log", ylim=(0, None))
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("output tokens/s over no speculation")
     figure.axes[0].legend(fontsize="small")
     _caption(figure, assumed)
-    save(figure, file)
+    save_figure(figure, file)
     return True
 
 
@@ -75,7 +77,7 @@ def _step(rows: list[dict[str, Any]], assumed: str, file: Path) -> bool:
         return False
     figure = new_figure(max(6.0, 0.8 * len(timed) + 2))
     axis = figure.subplots()
-    names = [f"{row['label']}\n{row['concurrency']} at a time" for row in timed]
+    names = [f"{row['label']}\n{row['concurrency']} at once" for row in timed]
     bottom = [0.0] * len(timed)
     for part in PARTS:
         heights = [row["step_ms"][part] for row in timed]
@@ -86,7 +88,7 @@ def _step(rows: list[dict[str, Any]], assumed: str, file: Path) -> bool:
     axis.grid(alpha=0.3, axis="y")
     axis.legend(fontsize="small")
     _caption(figure, assumed)
-    save(figure, file)
+    save_figure(figure, file)
     return True
 
 

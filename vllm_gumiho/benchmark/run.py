@@ -11,15 +11,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vllm_gumiho.benchmark import BenchError, offline, server
+from vllm_gumiho.benchmark import offline, served
 from vllm_gumiho.benchmark.grid import Grid, Variant
 from vllm_gumiho.benchmark.report import summarise
 from vllm_gumiho.benchmark.store import Store
-from vllm_gumiho.checkpoint import write_json
-from vllm_gumiho.evaluation import EvalError, plan
-from vllm_gumiho.evaluation.judge import versions
+from vllm_gumiho.engines.facts import machine, versions, with_python
+from vllm_gumiho.errors import GumihoError
+from vllm_gumiho.files import write_json
 
-RUNNERS = {"offline": offline.run, "server": server.run}
+RUNNERS = {"offline": offline.run, "server": served.run}
 
 
 def run(
@@ -31,7 +31,7 @@ def run(
 
     Raises: BenchError when the output folder cannot be used.
     """
-    header = {"versions": versions(), "machine": plan.machine() | _accelerator()}
+    header = {"versions": with_python(versions()), "machine": machine()}
     store = Store(output, {**grid.identity(), **header}, resume)
     deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
     reached: dict[str, float] = {}
@@ -65,11 +65,10 @@ def _cells(grid: Grid, mode: str, variant: Variant, wanted: list[int]) -> Any:
     """Cells of one engine; those it did not come to, with the reason, once it has failed."""
     left = list(wanted)
     try:
-        for line in RUNNERS[mode](grid, variant, wanted):
-            if line.pop("kind") == "cell":
-                left.remove(line["concurrency"])
-                yield line
-    except (BenchError, EvalError) as error:
+        for cell in RUNNERS[mode](grid, variant, wanted):
+            left.remove(cell["concurrency"])
+            yield cell
+    except GumihoError as error:
         for concurrency in left:
             yield {"concurrency": concurrency, "reason": str(error)}
 
@@ -85,20 +84,14 @@ def _report(
         **header,
         "assumed": grid.assumed,
         "settings": grid.identity() | {"repeats": grid.repeats},
-        "commands": {variant.label: server.commands(grid, variant) for variant in grid.variants},
+        "commands": {variant.label: served.commands(grid, variant) for variant in grid.variants},
         "summary": summarise(grid, list(store.cells.values()), not_run),
         "cells": list(store.cells.values()),
     }
 
 
-def _accelerator() -> dict[str, str]:
-    import torch
-
-    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-
-
 def _line(cell: dict[str, Any]) -> str:
-    title = f"{cell['mode']} {cell['label']}, {cell['concurrency']} at a time, cycle {cell['repeat'] + 1}"
+    title = f"{cell['mode']} {cell['label']}, {cell['concurrency']} at once, cycle {cell['repeat'] + 1}"
     if "reason" in cell:
         return f"{title}: failed: {cell['reason']}"
     return f"{title}: {cell['output_tokens_per_s']:.1f} tokens/s, {cell['output_tokens']} tokens"

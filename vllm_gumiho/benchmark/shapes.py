@@ -8,7 +8,9 @@ config.json, a word-level tokenizer and a file of tensor names and shapes are wr
 from __future__ import annotations
 
 import json
+import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,9 +18,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vllm_gumiho.benchmark import BenchError
 from vllm_gumiho.benchmark.grid import Grid, Variant
-from vllm_gumiho.checkpoint import write_json
+from vllm_gumiho.drafters.gumiho.layout import GumihoSizes, tensor_shapes
+from vllm_gumiho.errors import BenchError
+from vllm_gumiho.files import write_json
 
 # Accepted up to position 1, 2, ...: Gumiho on Llama-3-8B, chains of 6, MT-Bench (vLLM pull request 43544).  The seventh
 # goes on at the ratio of the two before.
@@ -30,7 +33,6 @@ ASSUMED = (
     "and 2.45 at K=6, both published for 8B targets. Weights are random; speeds are those of engine, drafting and "
     "verification."
 )
-STAGES, HEADS, LAYERS = 6, 5, 2
 
 
 @dataclass(frozen=True)
@@ -63,35 +65,27 @@ SHAPES = {
 }
 
 
-def gumiho_tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a drafter's tensors, as released checkpoints have them."""
-    hidden, query, key = (
-        shape.hidden_size, shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    )  # fmt: skip
-    found: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, 2 * hidden), "fc.bias": (hidden,)}
-    for layer in range(LAYERS):
-        of_layer = {
-            "self_attn.q_proj": (query, hidden), "self_attn.k_proj": (key, hidden), "self_attn.v_proj": (key, hidden),
-            "self_attn.o_proj": (hidden, query), "mlp.gate_proj": (shape.intermediate_size, hidden),
-            "mlp.up_proj": (shape.intermediate_size, hidden), "mlp.down_proj": (hidden, shape.intermediate_size),
-            "post_attention_layernorm": (hidden,), **({"input_layernorm": (hidden,)} if layer else {}),
-        }  # fmt: skip
-        found |= {f"layers.{layer}.{name}.weight": size for name, size in of_layer.items()}
-    for head in range(HEADS):
-        for stage in range(STAGES):
-            found[f"mlp.{head}.{stage}.linear.weight"] = (hidden, hidden if stage else 2 * hidden)
-            found[f"mlp.{head}.{stage}.linear.bias"] = (hidden,)
-    return found
+def drafter_sizes(shape: Shape) -> GumihoSizes:
+    """Sizes of a drafter as released ones have them: two layers of the target's size, two serial steps, five heads."""
+    return GumihoSizes(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        query_size=shape.num_attention_heads * shape.head_dim,
+        key_size=shape.num_key_value_heads * shape.head_dim,
+        num_layers=2,
+        num_serial_steps=2,
+        num_heads=5,
+        fc_bias=True,
+        vocab_size=None,
+    )
 
 
-def write_sparse(file: Path, tensors: dict[str, tuple[int, ...]]) -> None:
+def write_sparse(file: Path, tensors: Mapping[str, tuple[int | None, ...]]) -> None:
     """A safetensors file of bfloat16 zeros that takes no room on disk: a header, and a hole behind it."""
     header: dict[str, Any] = {}
     end = 0
     for name, size in tensors.items():
-        count = 2
-        for one in size:
-            count *= one
+        count = 2 * math.prod(one or 0 for one in size)
         header[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [end, end + count]}
         end += count
     text = json.dumps(header).encode()
@@ -111,7 +105,7 @@ def write_models(shape: Shape, folder: Path) -> dict[str, Path]:
         one.mkdir(parents=True, exist_ok=True)
     write_json(folders["target"] / "config.json", shape.config())
     write_json(folders["eagle"] / "config.json", shape.config(num_hidden_layers=1))
-    write_sparse(folders["gumiho"] / "model.safetensors", gumiho_tensors(shape))
+    write_sparse(folders["gumiho"] / "model.safetensors", tensor_shapes(drafter_sizes(shape)))
     words = {"<s>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, shape.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -138,10 +132,12 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help=f"{' or '.join(list(SHAPES)[:2])}; repeat.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for a report a shape.")] = Path("out/gpu-bench"),
     num_speculative_tokens: Annotated[list[int] | None, typer.Option(help="K; default 1 to 7.")] = None,
-    max_concurrency: Annotated[list[int] | None, typer.Option(help="Default 1, 2, 4, ... 64.")] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option("--concurrency", "--max-concurrency", help="Default 1, 2, 4, ... 64.")
+    ] = None,
     output_len: Annotated[int, typer.Option(help="Tokens an answer.")] = 128,
     input_len: Annotated[int, typer.Option(help="Tokens a prompt.")] = 128,
-    repeats: int = 3,
+    repeats: Annotated[int, typer.Option(help="Cycles through all engines.")] = 3,
     engine_args: Annotated[str, typer.Option(help="More arguments of 'vllm serve', in one text.")] = "",
     max_minutes: Annotated[float | None, typer.Option(help="Start no engine that would end later.")] = None,
     dry_run: Annotated[
@@ -154,7 +150,7 @@ def main(
     from vllm_gumiho.benchmark.plots import plot_all
     from vllm_gumiho.benchmark.report import show
     from vllm_gumiho.benchmark.run import run
-    from vllm_gumiho.evaluation.plan import on_cpu
+    from vllm_gumiho.engines.facts import on_cpu
 
     names = ["tiny"] if dry_run else shape or list(SHAPES)[:2]
     for name in names:
@@ -162,19 +158,19 @@ def main(
             raise BenchError(f"--shape {name!r}: no such shape; give one of {', '.join(SHAPES)}")
     if on_cpu() and not dry_run:
         raise BenchError("shapes of 8B and more need a GPU and PyTorch sees none; --dry-run goes through it on a CPU")
-    concurrency = max_concurrency or ([1, 2] if dry_run else [2**i for i in range(7)])
+    at_once = concurrency or ([1, 2] if dry_run else [2**i for i in range(7)])
     lengths = num_speculative_tokens or ([1, 3, 7] if dry_run else list(range(1, 8)))
     console, failed = Console(), False
     for name in names:
         folders = write_models(SHAPES[name], output.resolve() / name / "models")
         base = ["--load-format", "dummy", "--max-model-len", str(input_len + output_len + 16),
-                "--max-num-seqs", str(max(concurrency)), "--no-enable-prefix-caching", "--seed", "0"]  # fmt: skip
+                "--max-num-seqs", str(max(at_once)), "--no-enable-prefix-caching", "--seed", "0"]  # fmt: skip
         base += ["--dtype", "float32", "--enforce-eager"] if dry_run else ["--dtype", "bfloat16"]
         asked = ["--dataset-name", "random", "--input-len", str(input_len), "--output-len", str(output_len),
                  "--ignore-eos", "--temperature", "0", "--seed", "0"]  # fmt: skip
         grid = Grid(
             str(folders["target"]), variants(folders, lengths), (*base, *shlex.split(engine_args)), tuple(asked),
-            ("offline",), tuple(concurrency), 2, repeats, interpreter=dry_run,
+            ("offline",), tuple(at_once), 2, repeats, interpreter=dry_run,
             assumed=f"{'DRY RUN, no result. ' if dry_run else ''}Shape {name}. {ASSUMED}",
         )  # fmt: skip
         report = run(grid, output / name, console, max_minutes=max_minutes)

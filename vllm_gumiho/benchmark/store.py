@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_gumiho.benchmark import BenchError
-from vllm_gumiho.checkpoint import write_json
+from vllm_gumiho.errors import BenchError
+from vllm_gumiho.files import write_json
 
 Key = tuple[str, str, int, int]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vllm_gumiho.errors import CheckpointError
+
 _DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "F64": torch.float64,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used.  The message names the file or tensor, the reason and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ def weight_files(path: Path) -> tuple[list[Path], set[str]]:
     if path.is_file():
         return [path], set()
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or folder; give a Gumiho checkpoint or a hub name")
+        raise CheckpointError(f"{path}: no such file or folder; give a checkpoint or a hub name")
     for index_name, pattern in (
         ("model.safetensors.index.json", "*.safetensors"),
         ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
@@ -48,7 +45,7 @@ def weight_files(path: Path) -> tuple[list[Path], set[str]]:
             return sorted({path / shard for shard in places.values()}), set(places)
         if files := sorted(path.glob(pattern)):
             return files, set()
-    raise CheckpointError(f"{path}: no *.safetensors and no pytorch_model*.bin in it; is it a Gumiho checkpoint?")
+    raise CheckpointError(f"{path}: no *.safetensors and no pytorch_model*.bin in it; is it a checkpoint?")
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -139,16 +136,6 @@ def read_tensors(file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
                 yield name, handle.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader sees all of it or none."""
-    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
-    try:
-        part.write_text(json.dumps(content, indent=2) + "\n")
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def some(names: list[str], most: int = 6) -> str:

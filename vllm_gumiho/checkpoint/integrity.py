@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
-from vllm_gumiho.checkpoint.files import CheckpointError
+from vllm_gumiho.errors import CheckpointError
+from vllm_gumiho.files import sha256_of
 
 SHA256 = "sha256"
 _CHUNK = 1 << 20
@@ -34,15 +34,6 @@ def check_place(file: Path, folder: Path) -> None:
         f"{file}: is a link to {real}, outside the checkpoint; copy the file into the folder, or name the folder that "
         "holds it"
     )
-
-
-def sha256_of(file: Path) -> str:
-    """SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while chunk := handle.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def checksums(config: dict[str, Any] | None) -> dict[str, str]:

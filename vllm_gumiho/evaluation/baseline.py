@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_gumiho.evaluation import EvalError
-from vllm_gumiho.evaluation.prompts import Prompt
+from vllm_gumiho.engines.prompts import Prompt
+from vllm_gumiho.errors import EvalError
 
 Answers = dict[str, list[list[int]]]
 
@@ -51,12 +51,12 @@ def load(file: Path, identity: Identity, sets: dict[str, list[Prompt]]) -> dict[
         }
     except OSError as error:
         raise EvalError(
-            f"--baseline {file}: not readable ({error}); write it with --method none --json FILE"
+            f"--baseline {file}: not readable ({error}); write it with --method none --output FILE"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EvalError(
             f"--baseline {file}: no report of a greedy run without speculation ({error!r}); write it with "
-            "--method none --temperature 0 --json FILE"
+            "--method none --temperature 0 --output FILE"
         ) from error
     for name, ours in vars(identity).items():
         if getattr(theirs, name) != ours:

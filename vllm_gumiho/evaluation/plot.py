@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from vllm_gumiho.evaluation import EvalError
+from vllm_gumiho.errors import EvalError
 from vllm_gumiho.evaluation.report import run_title
+from vllm_gumiho.figures import MARKERS, labelled, new_figure, save_figure
 
 _PANELS = (
     ("acceptance_per_position", "accepted up to this position"),
     ("conditional_accuracy_per_position", "accepted, given that the one before was"),
 )
-_MARKERS = "osD^vPX*"
 
 
 def read_runs(
@@ -26,10 +25,8 @@ def read_runs(
 
     Raises: EvalError for a file that is no report, one without such a run, or labels that do not fit.
     """
-    if labels and len(labels) != len(files):
-        raise EvalError(f"--labels: {len(labels)} labels for {len(files)} reports; give one for each, in their order")
     found: list[tuple[str, dict[str, Any]]] = []
-    for file, label in zip(files, labels or [file.stem for file in files], strict=True):
+    for file, label in zip(files, labelled(labels, [file.stem for file in files], "reports"), strict=True):
         try:
             report = json.loads(file.read_bytes())
             runs = [
@@ -44,7 +41,7 @@ def read_runs(
                     run["mean"][name] = [None if value is None else float(value) for value in run["mean"][name]]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise EvalError(
-                f"{file}: no report of 'vllm-gumiho eval' ({error!r}); make one with --json FILE"
+                f"{file}: no report of 'vllm-gumiho eval' ({error!r}); make one with --output FILE"
             ) from error
         if not runs:
             raise EvalError(f"{file}: it has no run that drafts with the K and temperature asked for; ask for others")
@@ -55,36 +52,19 @@ def read_runs(
 def plot_acceptance(runs: list[tuple[str, dict[str, Any]]], output: Path) -> None:
     """Write a PNG with two panels, cumulative and conditional acceptance per position, mean over the sets.
 
-    Raises: EvalError without matplotlib, or when the file cannot be written.
+    Raises: FigureError without matplotlib, or when the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EvalError("plots need matplotlib, which is not installed; pip install 'vllm-gumiho[eval]'") from error
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = new_figure()
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     for axis, (name, title) in zip(axes, _PANELS, strict=True):
         for index, (label, run) in enumerate(runs):
             values = run["mean"][name]
             heights = [float("nan") if value is None else value for value in values]
             length = f"{label} ({run['mean']['acceptance_length']:.2f})"
-            axis.plot(range(1, len(values) + 1), heights, marker=_MARKERS[index % len(_MARKERS)], label=length)
+            axis.plot(range(1, len(values) + 1), heights, marker=MARKERS[index % len(MARKERS)], label=length)
         axis.set(title=title, xlabel="draft position", ylim=(0, 1))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of drafts, mean over sets")
     axes[0].set_xticks(range(1, max(len(run["mean"][_PANELS[0][0]]) for _, run in runs) + 1))
     axes[0].legend(title="run (acceptance length)", fontsize="small")
     save_figure(figure, output)
-
-
-def save_figure(figure: Any, output: Path) -> None:
-    """Write a matplotlib figure as PNG, whole or not at all.  Raises: EvalError when the file cannot be written."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
-            part = Path(scratch) / "plot.png"
-            figure.savefig(part, dpi=150)
-            part.replace(output)
-    except OSError as error:
-        raise EvalError(f"{output}: cannot be written ({error}); give another path") from error

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vllm_gumiho.evaluation import EvalError
-from vllm_gumiho.evaluation.plot import save_figure
+from vllm_gumiho.errors import FigureError
+from vllm_gumiho.figures import labelled, new_figure, save_figure
 
 _PANELS = (("eval_acceptance_length", "held-out acceptance length"), ("ce_1", "training cross-entropy, first position"))
 
@@ -16,12 +16,10 @@ Curves = dict[str, list[tuple[int, float]]]
 def read_curves(folders: list[Path], labels: list[str]) -> list[tuple[str, Curves]]:
     """Of each finished run, ``(step, value)`` of the panels' quantities.  A label names a run, by default its folder.
 
-    Raises: EvalError for a folder without a finished run's ``trainer_state.json``, or labels that do not fit.
+    Raises: FigureError for a folder without a finished run's ``trainer_state.json``, or labels that do not fit.
     """
-    if labels and len(labels) != len(folders):
-        raise EvalError(f"--labels: {len(labels)} labels for {len(folders)} runs; give one for each, in their order")
     found = []
-    for folder, label in zip(folders, labels or [folder.name for folder in folders], strict=True):
+    for folder, label in zip(folders, labelled(labels, [folder.name for folder in folders], "runs"), strict=True):
         file = folder / "final" / "trainer_state.json"
         try:
             history = json.loads(file.read_bytes())["log_history"]
@@ -31,11 +29,11 @@ def read_curves(folders: list[Path], labels: list[str]) -> list[tuple[str, Curve
                 for name, _ in _PANELS
             }
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise EvalError(
+            raise FigureError(
                 f"{file}: no state of a finished run ({error!r}); give the --output of 'vllm-gumiho train'"
             ) from error
         if not all(curves.values()):
-            raise EvalError(f"{file}: no measurements in it; train for longer than one --save-every")
+            raise FigureError(f"{file}: no measurements in it; train for longer than one --save-every")
         found.append((label, curves))
     return found
 
@@ -43,14 +41,9 @@ def read_curves(folders: list[Path], labels: list[str]) -> list[tuple[str, Curve
 def plot_curves(runs: list[tuple[str, Curves]], output: Path) -> None:
     """Write a PNG with a panel a quantity, over optimizer steps.
 
-    Raises: EvalError without matplotlib, or when the file cannot be written.
+    Raises: FigureError without matplotlib, or when the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EvalError("plots need matplotlib, which is not installed; pip install 'vllm-gumiho[eval]'") from error
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = new_figure()
     for axis, (name, title) in zip(figure.subplots(1, 2), _PANELS, strict=True):
         for label, curves in runs:
             steps, values = zip(*curves[name], strict=True)

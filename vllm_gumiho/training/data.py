@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vllm_gumiho.training.errors import DataError
+from vllm_gumiho.errors import DataError
+from vllm_gumiho.files import json_lines_files, lines_of
 
 OPEN_ROWS = 256
 
@@ -45,25 +46,18 @@ class Sample:
         return ids, answered
 
 
-def data_files(paths: Iterable[Path]) -> list[Path]:
-    """The files meant: a folder stands for its ``*.jsonl``."""
-    return [f for path in map(Path, paths) for f in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
-
-
 def read_samples(paths: Iterable[Path], vocab_size: int) -> list[Sample]:
-    """All samples of the `data_files`, first of each id and of each first prompt.
+    """All samples of the files (a folder stands for its ``*.jsonl``), first of each id and of each first prompt.
 
     Raises: DataError for a file that is not there, a line that is no sample, or a token outside the vocabulary.
     """
-    files = data_files(paths)
+    files = json_lines_files(paths)
     samples: dict[str, Sample] = {}
     asked: set[tuple[int, ...]] = set()
     for file in files:
         if not file.is_file():
             raise DataError(f"{file}: no such file of training samples; make one with 'vllm-gumiho generate'")
-        for number, line in enumerate(file.read_text().split("\n"), 1):
-            if not line.strip():
-                continue
+        for number, line in lines_of(file.read_text(encoding="utf-8")):
             try:
                 sample = _sample(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -98,6 +92,11 @@ def split_held_out(samples: list[Sample], fraction: float, seed: int) -> tuple[l
 def answer_counts(samples: Iterable[Sample], vocab_size: int) -> Tensor:
     """How often each token is an answer token, ``[V]`` int64."""
     return _counts((sample.tokens() for sample in samples), vocab_size)
+
+
+def answer_counter(paths: Iterable[Path]) -> Callable[[int], Tensor]:
+    """`answer_counts` of the answers in these files, for a vocabulary that is not known yet.  Raises: DataError."""
+    return lambda vocab_size: answer_counts(read_samples(paths, vocab_size), vocab_size)
 
 
 def _counts(sequences: Iterable[tuple[list[int], list[bool]]], vocab_size: int) -> Tensor:

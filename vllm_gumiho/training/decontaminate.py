@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_gumiho.engines.prompts import read_prompts
+from vllm_gumiho.errors import DataError
+from vllm_gumiho.files import json_lines_files
 from vllm_gumiho.training.data import Sample
-from vllm_gumiho.training.errors import DataError
 
 WHOLE_ONLY = 40
 SHOWN = 10
@@ -32,25 +33,17 @@ class EvaluationPrompts:
     def read(paths: Iterable[str | Path]) -> EvaluationPrompts:
         """Files (a folder stands for its ``*.jsonl``) of ``{"id", "turns"}`` lines.
 
-        Raises: DataError for a file that is not there, is empty, or has a line of another form.
+        Raises: DataError for a folder without any, PromptError for a file that is not there or a line of another form.
         """
         turns: dict[str, str] = {}
-        for path in map(Path, paths):
-            files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-            if not files or not all(file.is_file() for file in files):
+        for path in paths:
+            files = json_lines_files([path])
+            if not files:
                 raise DataError(f"{path}: no evaluation prompts there; give a JSON-lines file or a folder of them")
             for file in files:
-                for number, line in enumerate(file.read_text().split("\n"), 1):
-                    if not line.strip():
-                        continue
-                    try:
-                        raw = json.loads(line)
-                        texts = [normalise(str(turn)) for turn in raw["turns"]]
-                        turns |= {text: f"{file.stem}:{raw['id']}" for text in texts if text}
-                    except (ValueError, KeyError, TypeError) as error:
-                        raise DataError(
-                            f'{file}:{number}: not a prompt ({error!r}); expected {{"id", "turns"}}'
-                        ) from error
+                for _, prompt in read_prompts(file):
+                    texts = map(normalise, prompt.turns)
+                    turns |= {text: f"{file.stem}:{prompt.id}" for text in texts if text}
         return EvaluationPrompts(turns)
 
     def found_in(self, text: str) -> str | None:

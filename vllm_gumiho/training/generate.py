@@ -10,14 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_gumiho.engines.prompts import Prompt, read_prompts, render
+from vllm_gumiho.engines.stream import Stream
+from vllm_gumiho.errors import DataError
+from vllm_gumiho.files import lines_of, write_text
 from vllm_gumiho.training.decontaminate import EvaluationPrompts, normalise
-from vllm_gumiho.training.errors import DataError
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
 SAMPLED_TEMPERATURE = 0.8
-CHUNK = 192
+# Conversations in the engine for each that it decodes: those waiting take the place of one that ends.
+WAITING = 2
 
 
 @dataclass(frozen=True)
@@ -58,37 +62,38 @@ class Conversation:
         if len(self.turns) == len(self.questions):
             return None
         messages = [*self.messages, {"role": "user", "content": self.questions[len(self.turns)]}]
-        ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        ids = render(tokenizer, messages)
         if len(ids) > longest or ids[: len(self.ids)] != self.ids:
             return None
         self.messages = messages
         return ids
 
     def hear(self, tokenizer: Any, prompt: list[int], answer: list[int]) -> None:
+        """Take the target's answer to what `ask` gave."""
         self.turns.append({"prompt": prompt[len(self.ids) :], "answer": answer})
         self.ids = prompt + answer
         text = tokenizer.decode(answer, skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": text})
 
 
-def read_prompts(files: list[Path], shard: tuple[int, int] = (0, 1)) -> tuple[list[tuple[str, list[str]]], int]:
-    """``(id, user turns)`` of the prompts of one shard, and how many were left out as repeats.
+def read_questions(files: list[Path], shard: tuple[int, int] = (0, 1)) -> tuple[list[Prompt], int]:
+    """The prompts of one shard, and how many were left out as repeats.
 
     Of prompts with the same id or the same first turn (letters and digits alone) the first is kept.  A prompt belongs
     to shard ``i`` of ``n`` by its id, so that shards never overlap whatever the order of the files.
     """
-    prompts: dict[str, list[str]] = {}
+    prompts: dict[str, Prompt] = {}
     seen: set[str] = set()
     repeats = 0
-    for name, turns in (prompt for file in files for prompt in _read(file)):
-        key = normalise(turns[0])
-        if name in prompts or key in seen:
+    for prompt in (prompt for file in files for _, prompt in read_prompts(file)):
+        key = normalise(prompt.turns[0])
+        if prompt.id in prompts or key in seen:
             repeats += 1
             continue
         seen.add(key)
-        prompts[name] = turns
+        prompts[prompt.id] = prompt
     index, count = shard
-    return [(name, turns) for name, turns in prompts.items() if zlib.crc32(name.encode()) % count == index], repeats
+    return [prompt for name, prompt in prompts.items() if zlib.crc32(name.encode()) % count == index], repeats
 
 
 def generate_answers(
@@ -103,78 +108,88 @@ def generate_answers(
 ) -> dict[str, int]:
     """Append one line ``{"id", "temperature", "turns"}`` a conversation to ``output``; ids it has are skipped.
 
-    A run that was stopped, limited or split in shards draws what the whole run draws, but where batches of other
-    sizes round a close choice otherwise (bfloat16 does now and then).
+    A conversation is written as it ends, and the next one takes its place in the engine's batch at once.  A run that
+    was stopped, limited or split in shards draws what the whole run draws, but where batches of other sizes round a
+    close choice otherwise (bfloat16 does now and then).
 
     Returns counts: conversations and answer tokens written, prompts that were too long, repeats, and prompts checked
     against the evaluation prompts.  A line is whole or not there: a last line cut off by a kill is taken away.
 
-    Raises: DataError for a prompt file that cannot be read, or prompts that are evaluation prompts.
+    Raises: PromptError for a prompt file that cannot be read, DataError for prompts that are evaluation prompts.
     """
     from rich.progress import Progress
     from vllm import LLM
 
-    prompts, repeats = read_prompts(prompt_files, shard)
+    prompts, repeats = read_questions(prompt_files, shard)
     counts = {"conversations": 0, "answer_tokens": 0, "too_long": 0, "repeats": repeats, "checked": 0}
     if evaluation_prompts:
         evaluation = EvaluationPrompts.read(evaluation_prompts)
-        counts["checked"] = evaluation.refuse((name, turn) for name, turns in prompts for turn in turns)
+        counts["checked"] = evaluation.refuse((prompt.id, turn) for prompt in prompts for turn in prompt.turns)
     known = _known_ids(output)
-    todo = [(name, turns[: questions.max_turns]) for name, turns in prompts if name not in known][: limit or None]
+    todo = [prompt for prompt in prompts if prompt.id not in known][: limit or None]
     output.parent.mkdir(parents=True, exist_ok=True)
     longest = questions.max_prompt_tokens + (questions.max_turns - 1) * questions.max_tokens
     # vLLM 0.32's CPU build fails with a seeded prompt in chunks.  Without chunks a step takes whole prompts alone.
     settings = {"max_num_seqs": 96, "max_model_len": longest + questions.max_tokens, "enable_chunked_prefill": False}
-    llm = LLM(model=target, **(settings | engine))
-    tokenizer = llm.get_tokenizer()
+    settings |= engine
+    llm = LLM(model=target, **settings)
+    talks = (Conversation(prompt.id, list(prompt.turns[: questions.max_turns])) for prompt in todo)
     with output.open("a") as file, Progress() as progress:
         task = progress.add_task("answers", total=len(todo))
-        for start in range(0, len(todo), CHUNK):
-            talks = [Conversation(name, turns) for name, turns in todo[start : start + CHUNK]]
-            for turn in range(questions.max_turns):
-                asked = [(talk, ids) for talk in talks if (ids := talk.ask(tokenizer, longest)) is not None]
-                if not asked:
-                    break
-                outputs = llm.generate(
-                    [{"prompt_token_ids": ids} for _, ids in asked],
-                    [_sampling(questions, talk.id, turn) for talk, _ in asked],
-                    use_tqdm=False,
-                )
-                for (talk, ids), out in zip(asked, outputs, strict=True):
-                    talk.hear(tokenizer, ids, list(out.outputs[0].token_ids))
-            for talk in talks:
-                if not talk.turns:
-                    counts["too_long"] += 1
-                    continue
-                record = {"id": talk.id, "temperature": questions.temperature(talk.id), "turns": talk.turns}
-                file.write(json.dumps(record) + "\n")
-                counts["conversations"] += 1
-                counts["answer_tokens"] += sum(len(turn["answer"]) for turn in talk.turns)
+        for talk in finished(llm, talks, questions, longest, WAITING * settings["max_num_seqs"]):
+            progress.advance(task)
+            if not talk.turns:
+                counts["too_long"] += 1
+                continue
+            record = {"id": talk.id, "temperature": questions.temperature(talk.id), "turns": talk.turns}
+            file.write(json.dumps(record) + "\n")
             file.flush()
-            progress.advance(task, len(talks))
+            counts["conversations"] += 1
+            counts["answer_tokens"] += sum(len(turn["answer"]) for turn in talk.turns)
     return counts
+
+
+def finished(
+    llm: Any, talks: Iterator[Conversation], questions: Questions, longest: int, at_once: int
+) -> Iterator[Conversation]:
+    """Conversations as they end, ``at_once`` of them in the engine or waiting there, so that its batch is always full.
+
+    longest: most token ids of a conversation when it is asked.
+    """
+    tokenizer, stream = llm.get_tokenizer(), Stream(llm.llm_engine)
+
+    def ask(talk: Conversation) -> bool:
+        ids = talk.ask(tokenizer, longest)
+        if ids is not None:
+            stream.send((talk, ids), ids, _sampling(questions, talk.id, len(talk.turns)))
+        return ids is not None
+
+    while True:
+        while len(stream) < at_once and (talk := next(talks, None)) is not None:
+            if not ask(talk):
+                yield talk
+        if not stream:
+            return
+        for (talk, ids), output in stream.step():
+            if output.finished:
+                talk.hear(tokenizer, ids, list(output.outputs[0].token_ids))
+                if not ask(talk):
+                    yield talk
 
 
 def _sampling(questions: Questions, name: str, turn: int) -> SamplingParams:
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     temperature = questions.temperature(name)
     seed = questions.answer_seed(name, turn) if temperature else None
-    return SamplingParams(temperature=temperature, max_tokens=questions.max_tokens, seed=seed)
-
-
-def _read(file: Path) -> Iterator[tuple[str, list[str]]]:
-    if not file.is_file():
-        raise DataError(f"{file}: no such file of prompts")
-    for number, line in enumerate(file.read_text().split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            raw = json.loads(line)
-            turns = [str(turn) for turn in raw["turns"]]
-            yield str(raw["id"]), [turns[0], *turns[1:]]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise DataError(f'{file}:{number}: not a prompt ({error!r}); expected {{"id", "turns"}}') from error
+    return SamplingParams(
+        temperature=temperature,
+        max_tokens=questions.max_tokens,
+        seed=seed,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def _known_ids(output: Path) -> set[str]:
@@ -183,8 +198,8 @@ def _known_ids(output: Path) -> set[str]:
     text = output.read_text()
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        output.write_text(whole)
+        write_text(output, whole)
     try:
-        return {str(json.loads(line)["id"]) for line in whole.split("\n") if line.strip()}
+        return {str(json.loads(line)["id"]) for _, line in lines_of(whole)}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{output}: holds a line that is no answer ({error!r}); give another --output") from error

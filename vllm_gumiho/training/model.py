@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -11,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vllm_gumiho.training.drafter import GumihoDrafter
+from vllm_gumiho.drafters.trainable_layers import SerialDrafter
+from vllm_gumiho.files import whole
 from vllm_gumiho.training.objective import Objective, hits, losses
 from vllm_gumiho.training.unrolling import serial_mask
 
@@ -26,7 +26,7 @@ class TrainingModel(nn.Module):
 
     def __init__(
         self,
-        drafter: GumihoDrafter,
+        drafter: SerialDrafter,
         objective: Objective,
         target: FrozenTarget,
         frequent: Tensor,
@@ -107,9 +107,8 @@ class FrozenTarget:
             computed = self.compute(batch)
             for file, row, new in zip(files, rows, computed, strict=True):
                 if row is None:
-                    part = file.with_suffix(f".{os.getpid()}.part")
-                    save_file({"features": new.to("cpu", torch.bfloat16).contiguous()}, part)
-                    part.replace(file)
+                    with whole(file) as part:
+                        save_file({"features": new.to("cpu", torch.bfloat16).contiguous()}, part)
             rows = [self._read(file) for file in files]
         return torch.stack([row for row in rows if row is not None]).to(self.embed.device, self.embed.dtype)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_gumiho.training.drafter import GumihoDrafter
-from vllm_gumiho.training.unrolling import draft, shift, valid_anchors
+from vllm_gumiho.drafters.trainable_layers import SerialDrafter
+from vllm_gumiho.training.unrolling import Form, draft, shift, valid_anchors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Objective:
     vocabulary: token ids that may be drafted; None is all of them.
     """
 
-    recipe: str = "unrolled"
+    form: Form = Form.UNROLLED
     feature_weight: float = 0.1
     ce_weight: float = 1.0
     head_weights: tuple[float, ...] = ()
@@ -44,31 +45,6 @@ class Objective:
     candidates: int = 0
     frequent: int = 0
     vocabulary: Tensor | None = None
-
-    @staticmethod
-    def eagle() -> Objective:
-        return Objective(recipe="eagle", feature_weight=1.0, ce_weight=0.1)
-
-    @staticmethod
-    def paper(num_heads: int) -> Objective:
-        weights = tuple(0.8 ** (i + 1) / 9 for i in range(num_heads))
-        return Objective(recipe="paper", feature_weight=1.0, ce_weight=0.1, head_weights=weights)
-
-    @staticmethod
-    def unrolled(num_heads: int, candidates: int = 4096, frequent: int = 2048) -> Objective:
-        """``candidates`` bounds the vocabulary of the cross-entropy (see `Candidates`); 0 takes it whole."""
-        head_weights = tuple(0.6 * 0.8**i for i in range(num_heads))
-        return Objective(
-            recipe="unrolled",
-            feature_weight=10.0,
-            ce_weight=1.0,
-            head_weights=head_weights,
-            chain_floor=0.3,
-            serial_decay=0.3,
-            heads_steer=False,
-            candidates=candidates,
-            frequent=frequent,
-        )
 
 
 @dataclass(frozen=True)
@@ -125,8 +101,34 @@ class Candidates:
         return logits if self.log_weight is None else logits + self.log_weight
 
 
+@dataclass(frozen=True)
+class Position:
+    """What one draft position says of the A anchors, N of which it is drafted for.
+
+    kept: which, bool ``[A]``.  ce: cross-entropy of each, ``[N]``.  feature: mean feature loss.  agreed: the
+    probability that the drafter gives to the true token, ``[A]``, 1 where it is not drafted.
+    """
+
+    kept: Tensor
+    ce: Tensor
+    feature: Tensor
+    agreed: Tensor
+
+
+def cross_entropies(chain: Sequence[Position], objective: Objective) -> list[Tensor]:
+    """The weighted mean cross-entropy of each position of a chain; see ``chain_floor`` of `Objective`."""
+    floor = objective.chain_floor
+    reached = torch.stack([torch.ones_like(chain[0].agreed), *(at.agreed for at in chain[:-1])]).cumprod(0)
+    means = []
+    for at, before in zip(chain, reached, strict=True):
+        weight = floor + (1 - floor) * before[at.kept]
+        # Zero, but of the graph: every process of a distributed run must have a gradient for the same parameters.
+        means.append((at.ce * weight).sum() / weight.sum() if at.ce.shape[0] else 0.0 * at.feature)
+    return means
+
+
 def losses(
-    drafter: GumihoDrafter,
+    drafter: SerialDrafter,
     objective: Objective,
     embed: Tensor,
     lm_head: Tensor,
@@ -150,7 +152,7 @@ def losses(
         return true.masked_scatter(mine, subset.tokens(subset.logits(draft_features[mine], weight).argmax(-1)))
 
     drafts = draft(
-        drafter, embed, ids, features, batch["positions"], segments, first, objective.recipe, objective.train_heads,
+        drafter, embed, ids, features, batch["positions"], segments, first, objective.form, objective.train_heads,
         own_token if own_tokens > 0 else None, objective.heads_steer,
         objective.further_steps if objective.train_serial else 0,
     )  # fmt: skip
@@ -162,42 +164,43 @@ def losses(
         row_of = torch.full_like(ids, -1)
         row_of[wanted] = torch.arange(target_probs.shape[0], device=ids.device)
 
-    total = torch.zeros((), device=ids.device)
-    parts = {}
-    # chain[i]: the probability that the drafter gives to its true tokens up to position i, at every anchor.
-    chain = [torch.ones(int(first.sum()), device=ids.device)]
-
-    def term(i: int, name: str, x: Tensor, scale: float) -> Tensor:
+    def position(i: int, x: Tensor) -> Position:
         valid = valid_anchors(segments, answer, i)
         kept = valid[first]
-        x, before = x[kept], chain[i - 1]
+        x = x[kept]
         if x.shape[0] == 0:
-            chain[i:] = [before]
-            # Zero, but of the graph: every process of a distributed run must have a gradient for the same parameters.
-            return 0.0 * x.sum()
+            return Position(kept, x.sum(-1), 0.0 * x.sum(), torch.ones(kept.shape, device=ids.device))
         log_probs = subset.logits(x, weight).log_softmax(-1)
-        anchor_weight = objective.chain_floor + (1 - objective.chain_floor) * before[kept]
         ce = -(target_probs[shift(row_of, i)[valid]] * log_probs).sum(-1)
-        ce = (ce * anchor_weight).sum() / anchor_weight.sum()
-        feature = F.smooth_l1_loss(x.float(), shift(features, i)[valid].float())
-        parts[f"ce_{name}"], parts[f"feature_{name}"] = ce.detach(), feature.detach()
         truth, known = subset.column(shift(ids, i + 1)[valid])
-        agreed = log_probs.detach().gather(1, truth[:, None])[:, 0].exp() * known
-        chain[i:] = [before.masked_scatter(kept, before[kept] * agreed)]
-        return scale * (objective.ce_weight * ce + objective.feature_weight * feature)
+        right = log_probs.detach().gather(1, truth[:, None])[:, 0].exp() * known
+        agreed = torch.ones(kept.shape, device=ids.device).masked_scatter(kept, right)
+        return Position(kept, ce, F.smooth_l1_loss(x.float(), shift(features, i)[valid].float()), agreed)
 
     served = len(drafts.serial)
-    for i, x in enumerate(drafts.serial + drafts.further, 1):
-        loss = term(i, str(i) if i <= served else f"further_{i}", x, objective.serial_decay ** (i - 1))
-        total = total + loss if objective.train_serial else total
-    for i, (x, scale) in enumerate(zip(drafts.heads, objective.head_weights, strict=False), served + 1):
-        total = total + term(i, str(i), x, scale)
+    serial = [position(i, x) for i, x in enumerate(drafts.serial, 1)]
+    further = [position(i, x) for i, x in enumerate(drafts.further, served + 1)]
+    heads = [position(i, x) for i, x in enumerate(drafts.heads, served + 1)]
+    # A head's position follows the served serial steps, whatever a further step drafts there.
+    names = [str(i) if i <= served else f"further_{i}" for i in range(1, served + len(further) + 1)]
+    scales = [objective.serial_decay**i if objective.train_serial else 0.0 for i in range(len(names))]
+    terms = list(zip(names, scales, serial + further, cross_entropies(serial + further, objective), strict=True))
+    names = [str(i) for i in range(served + 1, served + len(heads) + 1)]
+    of_heads = cross_entropies(serial + heads, objective)[served:]
+    terms += zip(names, objective.head_weights, heads, of_heads, strict=False)
+
+    total, parts = torch.zeros((), device=ids.device), {}
+    for name, scale, at, ce in terms:
+        if scale:
+            total = total + scale * (objective.ce_weight * ce + objective.feature_weight * at.feature)
+        if at.ce.shape[0]:
+            parts[f"ce_{name}"], parts[f"feature_{name}"] = ce.detach(), at.feature.detach()
     return total, parts
 
 
 @torch.no_grad()
 def hits(
-    drafter: GumihoDrafter,
+    drafter: SerialDrafter,
     embed: Tensor,
     lm_head: Tensor,
     batch: dict[str, Tensor],

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vllm_gumiho.training.data import data_files
-from vllm_gumiho.training.errors import RecipeError
+from vllm_gumiho.engines.facts import versions
+from vllm_gumiho.errors import RecipeError
+from vllm_gumiho.files import json_lines_files, sha256_of, write_json
 from vllm_gumiho.training.recipe import Recipe
 from vllm_gumiho.version import __version__
 
@@ -23,20 +22,14 @@ def made_with(recipe: Recipe, processes: int) -> dict[str, Any]:
 
     Raises: OSError for a data file that cannot be read.
     """
-    versions = {"vllm-gumiho": __version__}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    files = data_files(map(Path, recipe.data))
-    digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    return {"versions": versions, "data_sha256": digests, "processes": processes}
+    digests = {str(file): sha256_of(file) for file in json_lines_files(recipe.data)}
+    installed = {"vllm-gumiho": __version__, **versions(_PACKAGES)}
+    return {"versions": installed, "data_sha256": digests, "processes": processes}
 
 
 def write_recipe(file: Path, recipe: Recipe, made: dict[str, Any]) -> None:
     """Write the settings as JSON, with what `made_with` returned beside them."""
-    file.write_text(json.dumps({**asdict(recipe), MADE_WITH: made}, indent=2) + "\n")
+    write_json(file, {**asdict(recipe), MADE_WITH: made})
 
 
 def read_recipe(file: Path) -> tuple[Recipe, dict[str, Any]]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
-from vllm_gumiho.training.drafter import DrafterConfig
-from vllm_gumiho.training.errors import RecipeError
-from vllm_gumiho.training.objective import Objective
+from vllm_gumiho.errors import RecipeError
+from vllm_gumiho.options import TARGET, option
 
 CHOICES = {
-    "recipe": ("paper", "unrolled", "eagle"),
     "phase": ("all", "serial", "heads"),
     "optimizer": ("adamw", "muon", "muon-serial"),
     "init": ("random", "target"),
@@ -23,8 +19,7 @@ CHOICES = {
 class Recipe:
     """A training run.  Optimiser defaults: AdamW (0.9, 0.95), clip 0.5 (paper, Table 5).
 
-    recipe: ``unrolled`` trains on what drafting sees, ``paper`` teacher-forces both serial steps, ``eagle`` is
-    EAGLE-1 (one layer, no heads, served by vLLM's own method ``eagle``).
+    recipe: an entry of `vllm_gumiho.training.recipes.RECIPES`.
     phase: ``all`` trains everything together; ``serial`` the Transformer alone, at less than half the cost of a
     step; ``heads`` the heads on a frozen Transformer.
     optimizer: ``adamw``, the paper's; ``muon``, for matrices; ``muon-serial``, for the Transformer's alone: Muon's
@@ -41,38 +36,40 @@ class Recipe:
     patience: end when held-out acceptance length has not risen for that many evaluations; 0 never does.
     """
 
-    target: str
-    data: list[str]
-    output: str
-    recipe: str = "unrolled"
-    num_serial_steps: int = 2
-    num_heads: int = 5
-    num_layers: int = 2
-    steps: int = 1000
-    rows: int = 2
-    row_length: int = 1024
-    optimizer: str = "adamw"
-    learning_rate: float = 5e-4
-    warmup_ratio: float = 0.03
-    held_out: float = 0.02
-    eval_rows: int = 16
-    save_every: int = 200
-    candidates: int = 4096
-    frequent: int = 2048
-    feature_weight: float | None = None
-    early_weighting: bool = True
-    heads_steer: bool = False
-    further_steps: int = 0
-    own_tokens: float = 0.0
-    draft_vocab: int = 0
-    phase: str = "all"
-    init: str = "random"
-    init_from: str | None = None
-    feature_cache: str | None = None
-    evaluation_prompts: list[str] = field(default_factory=list)
-    patience: int = 0
-    bf16: bool = True
-    seed: int = 0
+    target: str = option(help=TARGET)
+    data: list[str] = option(help="Files or folders written by 'vllm-gumiho generate'; repeat.")
+    output: str = option(help="Folder for checkpoints and the finished drafter.")
+    recipe: str = option("unrolled", "'unrolled' (on its own features), 'paper' (teacher-forced) or 'eagle' (EAGLE-1).")
+    num_serial_steps: int = option(2, "Tokens drafted by the Transformer.")
+    num_heads: int = option(5, "Tokens drafted by heads.")
+    num_layers: int = option(2, "Layers of the Transformer.")
+    steps: int = option(1000, "Optimizer steps.")
+    rows: int = option(2, "Packed rows a step and device.")
+    row_length: int = option(1024, "Tokens a packed row.")
+    optimizer: str = option("adamw", "'adamw' (the paper's), 'muon', or 'muon-serial' (AdamW for the heads).")
+    learning_rate: float = option(5e-4, "At its highest; cosine decay.")
+    warmup_ratio: float = option(0.03, "Share of the steps in which it rises.")
+    held_out: float = option(0.02, "Share of the conversations that is measured on and not trained on.")
+    eval_rows: int = option(16, "Packed rows of them, at the most.")
+    save_every: int = option(200, "Steps between checkpoints and held-out measurements.")
+    candidates: int = option(4096, "Tokens drawn for the cross-entropy; 0 takes all.")
+    frequent: int = option(2048, "Frequent tokens always in the cross-entropy.")
+    feature_weight: float | None = option(None, "Weight of the feature loss; the recipe's own.")
+    early_weighting: bool = option(True, "Early positions weigh more (unrolled).")
+    heads_steer: bool = option(False, "Heads' losses train the Transformer too (unrolled).")
+    further_steps: int = option(0, "Serial steps trained beyond those served (unrolled).")
+    own_tokens: float = option(0.0, "Share of anchors that draft on from the drafter's own token when training ends.")
+    draft_vocab: int = option(0, "Draft only the N most frequent answer tokens; 0 is all.")
+    phase: str = option("all", "'all', 'serial' (Transformer alone) or 'heads' (on a frozen one).")
+    init: str = option("random", "'random' or 'target' (the target's own last layers).")
+    init_from: str | None = option(None, "Checkpoint to start from.")
+    feature_cache: str | None = option(None, "Folder that keeps target features (bfloat16).")
+    evaluation_prompts: list[str] = option(
+        [], "Prompts that must not be in the data: file or folder; repeat.  Found ones are named."
+    )
+    patience: int = option(0, "End when held-out acceptance has not risen for N measurements; 0 never.")
+    bf16: bool = option(True, "bfloat16 autocast.")
+    seed: int = option(0, "Of weights, order and draws.")
     extra: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -89,48 +86,3 @@ class Recipe:
         for name in ("own_tokens", "held_out", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
-        if self.recipe == "eagle" and (self.phase != "all" or self.init_from or self.draft_vocab):
-            raise RecipeError("recipe 'eagle' has one phase, its own start and the whole vocabulary")
-        if self.further_steps and (self.recipe != "unrolled" or self.phase == "heads"):
-            raise RecipeError(
-                f"further_steps is {self.further_steps}; recipe {self.recipe!r}, phase {self.phase!r} takes none"
-            )
-        if self.recipe != "eagle" and self.num_heads == 0:
-            raise RecipeError("num_heads is 0; a Gumiho drafter has at least one head")
-
-    def objective(self, vocabulary: Tensor | None = None) -> Objective:
-        """Losses of this run.  vocabulary: ids that may be drafted, ascending."""
-        if self.recipe == "unrolled":
-            objective = Objective.unrolled(self.num_heads, self.candidates, self.frequent)
-            objective = replace(objective, heads_steer=self.heads_steer, further_steps=self.further_steps)
-        else:
-            objective = Objective.paper(self.num_heads) if self.recipe == "paper" else Objective.eagle()
-            objective = replace(objective, candidates=self.candidates, frequent=self.frequent)
-        if not self.early_weighting:
-            mean = sum(objective.head_weights) / max(1, self.num_heads)
-            objective = replace(objective, chain_floor=1.0, serial_decay=1.0, head_weights=(mean,) * self.num_heads)
-        if self.feature_weight is not None:
-            objective = replace(objective, feature_weight=self.feature_weight)
-        return replace(
-            objective, vocabulary=vocabulary, train_serial=self.phase != "heads", train_heads=self.phase != "serial"
-        )
-
-    def drafter_config(self, target_config: Any) -> DrafterConfig:
-        """Draft layers of the target's own shape.  target_config: the target's Hugging Face text config."""
-        rope = getattr(target_config, "rope_parameters", None) or {}
-        eagle = self.recipe == "eagle"
-        return DrafterConfig(
-            hidden_size=target_config.hidden_size,
-            intermediate_size=target_config.intermediate_size,
-            num_attention_heads=target_config.num_attention_heads,
-            num_key_value_heads=target_config.num_key_value_heads,
-            head_dim=getattr(target_config, "head_dim", None)
-            or target_config.hidden_size // target_config.num_attention_heads,
-            rope_theta=float(rope.get("rope_theta", getattr(target_config, "rope_theta", 10000.0))),
-            rms_norm_eps=target_config.rms_norm_eps,
-            vocab_size=target_config.vocab_size,
-            num_layers=1 if eagle else self.num_layers,
-            num_serial_steps=self.num_serial_steps + self.num_heads if eagle else self.num_serial_steps,
-            num_heads=0 if eagle else self.num_heads,
-            fc_bias=not eagle,
-        )

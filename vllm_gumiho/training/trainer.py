@@ -1,8 +1,7 @@
-"""Train a Gumiho drafter for a frozen target with Hugging Face Trainer."""
+"""Train a drafter for a frozen target with Hugging Face Trainer."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,18 @@ from transformers import (
     set_seed,
 )
 
-from vllm_gumiho.checkpoint import D2T, open_checkpoint, save_eagle, save_speculators
+from vllm_gumiho.checkpoint.tensors import D2T
+from vllm_gumiho.drafters.checkpoints import open_checkpoint
+from vllm_gumiho.drafters.trainable_layers import SerialDrafter
+from vllm_gumiho.errors import RecipeError
+from vllm_gumiho.files import write_json
 from vllm_gumiho.training.data import PackedRows, Sample, read_samples, split_held_out
 from vllm_gumiho.training.decontaminate import refuse_evaluation_prompts
-from vllm_gumiho.training.drafter import GumihoDrafter
-from vllm_gumiho.training.errors import RecipeError
 from vllm_gumiho.training.model import FrozenTarget, TrainingModel
 from vllm_gumiho.training.optimizer import MuonWithAdamW
 from vllm_gumiho.training.provenance import made_with, write_recipe
 from vllm_gumiho.training.recipe import Recipe
+from vllm_gumiho.training.recipes import kind_of, new_drafter, objective_of
 from vllm_gumiho.training.speed import SpeedMeter, training_flops
 
 
@@ -48,7 +50,7 @@ class DrafterTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self._muon and getattr(self, "optimizer", None) is None:
-            heads = self.model.drafter.mlp.parameters() if self._muon == "muon-serial" else ()
+            heads = self.model.drafter.head_parameters() if self._muon == "muon-serial" else ()
             self.optimizer = MuonWithAdamW(self.model.parameters(), self.args.learning_rate, heads)
             return self.optimizer
         return super().create_optimizer(*args, **kwargs)
@@ -122,19 +124,7 @@ def export(
 
     made: what `made_with` returned.
     """
-    c, vocabulary = model.drafter.config, model.objective.vocabulary
-    layer_config = {
-        "model_type": "llama", "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
-        "num_attention_heads": c.num_attention_heads, "num_key_value_heads": c.num_key_value_heads,
-        "rms_norm_eps": c.rms_norm_eps, "vocab_size": c.vocab_size,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-    }  # fmt: skip
-    if recipe.recipe == "eagle":
-        save_eagle(folder, tensors, {**layer_config, "head_dim": c.head_dim, "num_hidden_layers": c.num_layers})
-    else:
-        if vocabulary is not None:
-            tensors[D2T] = vocabulary.cpu() - torch.arange(vocabulary.numel())
-        save_speculators(folder, tensors, verifier=recipe.target, layer_config=layer_config)
+    model.drafter.save(folder, tensors, recipe.target, model.objective.vocabulary)
     write_recipe(folder / "recipe.json", recipe, made)
 
 
@@ -144,7 +134,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     One process trains on one device; under ``torchrun`` or ``accelerate launch`` every process takes its share of the
     rows.  Raises: RecipeError for a wrong setting, DataError for unusable data or evaluation prompts in it.
     """
-    recipe.check()
+    kind_of(recipe)
     set_seed(recipe.seed)
     last = last_checkpoint(Path(recipe.output)) if resume else None
     model = AutoModelForCausalLM.from_pretrained(recipe.target, dtype=torch.float32, attn_implementation="sdpa")
@@ -165,14 +155,13 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     frequent = frequent[counts[frequent] > 0]
     if vocabulary is not None:
         frequent = frequent[torch.isin(frequent, vocabulary)]
-    drafter = _new_drafter(recipe, target, train_rows)
-    if recipe.phase == "heads":
-        drafter.fc.requires_grad_(False)
-        drafter.layers.requires_grad_(False)
-    if recipe.phase == "serial":
-        drafter.mlp.requires_grad_(False)
+    drafter = _started(recipe, target, train_rows)
+    frozen = {"heads": drafter.serial_parameters, "serial": drafter.head_parameters}
+    if recipe.phase in frozen:
+        for parameter in frozen[recipe.phase]():
+            parameter.requires_grad_(False)
     training_model = TrainingModel(
-        drafter, recipe.objective(vocabulary), target, frequent, recipe.own_tokens, recipe.bf16
+        drafter, objective_of(recipe, vocabulary), target, frequent, recipe.own_tokens, recipe.bf16
     )
     arguments = _arguments(recipe)
     # Now, of the files that were read: more answers may be appended to them while the run lasts.
@@ -195,7 +184,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     if trainer.is_world_process_zero():
         final = Path(recipe.output) / "final"
         export(tensors, training_model, recipe, made, final)
-        (final / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        write_json(final / "metrics.json", metrics)
         trainer.state.save_to_json(str(final / "trainer_state.json"))
     return metrics
 
@@ -211,8 +200,9 @@ def last_checkpoint(output: Path) -> str:
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
-def _new_drafter(recipe: Recipe, target: FrozenTarget, rows: PackedRows) -> GumihoDrafter:
-    drafter = GumihoDrafter(recipe.drafter_config(target.model.config.get_text_config()))
+def _started(recipe: Recipe, target: FrozenTarget, rows: PackedRows) -> SerialDrafter:
+    """The run's drafter with the weights it starts from."""
+    drafter = new_drafter(recipe, target.model.config.get_text_config())
     probe = {name: value[None] for name, value in rows[0].items()}
     drafter.init_weights(float(target.probe_scale(probe)), float(target.embed.float().square().mean().sqrt()))
     if recipe.init == "target":

@@ -3,22 +3,32 @@
 For a sequence x with target features h (h[t] predicts x[t+1]) and an anchor t, draft position i = 1..K predicts
 x[t+1+i], whose target distribution is softmax(lm_head(h[t+i])).
 
-``unrolled``: each serial step after the first reads the drafter's own feature of the step before, and attends to
+`Form.UNROLLED`: each serial step after the first reads the drafter's own feature of the step before, and attends to
 the first pass's keys up to the anchor and to its own earlier draft positions: what drafting sees.
-``paper``: every serial step is the first pass at its own position, on true target features (teacher forcing).
-``eagle``: EAGLE-1's (arXiv 2401.15077) own training, the first pass alone; drafting is serial all the way.
+`Form.TEACHER_FORCED`: every serial step is the first pass at its own position, on true target features, as the paper
+trains.
+`Form.FIRST_PASS`: the first pass alone, as EAGLE-1 (arXiv 2401.15077) trains; drafting is serial all the way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_gumiho.training.drafter import GumihoDrafter
+from vllm_gumiho.drafters.trainable_layers import SerialDrafter
+
+
+class Form(Enum):
+    """What the serial steps see in training."""
+
+    UNROLLED = "unrolled"
+    TEACHER_FORCED = "teacher-forced"
+    FIRST_PASS = "first pass"
 
 
 def serial_mask(segments: Tensor) -> Tensor:
@@ -76,14 +86,14 @@ class Drafts:
 
 
 def draft(
-    drafter: GumihoDrafter,
+    drafter: SerialDrafter,
     embed: Tensor,
     ids: Tensor,
     features: Tensor,
     positions: Tensor,
     segments: Tensor,
     anchors: Tensor,
-    recipe: str = "unrolled",
+    form: Form = Form.UNROLLED,
     with_heads: bool = True,
     own_token: Callable[[Tensor, Tensor], Tensor] | None = None,
     heads_steer: bool = True,
@@ -102,7 +112,7 @@ def draft(
     o = drafter.fuse(F.embedding(shift(ids, 1), embed), features)
     hidden = drafter.serial(o, positions, mask, past)
     serial, fused = [hidden[anchors]], []
-    if recipe == "eagle":
+    if form is Form.FIRST_PASS:
         return Drafts(serial, hidden.new_empty(0))
 
     def next_input(step: int) -> Tensor:
@@ -111,7 +121,7 @@ def draft(
         return drafter.fuse(F.embedding(tokens, embed), serial[-1])
 
     last = steps + further
-    rows = AnchorRows(anchors, mask, positions) if recipe != "paper" and last > 1 else None
+    rows = AnchorRows(anchors, mask, positions) if form is Form.UNROLLED and last > 1 else None
     for step in range(1, last):
         if rows is None:
             fused.append(shift(o, step)[anchors])
@@ -124,7 +134,7 @@ def draft(
     if not with_heads or not drafter.config.num_heads:
         return Drafts(served, hidden.new_empty(0), beyond)
     if not further:
-        fused.append(shift(o, steps)[anchors] if recipe == "paper" else next_input(steps))
+        fused.append(shift(o, steps)[anchors] if form is Form.TEACHER_FORCED else next_input(steps))
     m = torch.cat(fused[:steps], dim=-1)
     return Drafts(served, drafter.heads(m if heads_steer else m.detach()), beyond)
 

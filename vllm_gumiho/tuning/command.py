@@ -13,8 +13,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_gumiho.tuning import TuningError
-from vllm_gumiho.tuning.schedule import MARGIN, MAX_LOSS, in_words
+from vllm_gumiho.drafters import DEFAULT
+from vllm_gumiho.errors import TuningError
+from vllm_gumiho.files import write_json
+from vllm_gumiho.options import CONCURRENCY, CheckpointOption, JsonFlag, TargetOption
+from vllm_gumiho.request.lengths import SCHEDULE
+from vllm_gumiho.tuning.schedule import in_words
+from vllm_gumiho.tuning.settings import Plan
 from vllm_gumiho.tuning.theory import Option, best, options
 
 console = Console()
@@ -36,12 +41,12 @@ def plan(
     report: Annotated[
         Path | None, typer.Option("--from", help="Take accuracies from a JSON report of eval, demo or tune.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Requests decoded together.")] = 1,
+    concurrency: Annotated[int, typer.Option(help=CONCURRENCY)] = 1,
     serial_steps: Annotated[
         int | None, typer.Option(help="Only splits of a drafter trained with so many serial steps.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
-    plot: Annotated[Path | None, typer.Option(help="PNG file to write.")] = None,
+    as_json: JsonFlag = False,
+    plot: Annotated[Path | None, typer.Option(help="PNG to write.")] = None,
 ) -> None:
     """Expected accepted tokens and tokens/s of every split of K into serial steps and heads.
 
@@ -53,7 +58,7 @@ def plan(
 
     times = inputs.step_times(step_times)
     serial, heads = _accuracies(acceptance, serial_acceptance, head_acceptance, report)
-    found = options(serial, heads, times, batch, serial_steps)
+    found = options(serial, heads, times, concurrency, serial_steps)
     fastest = best(found)
     if plot is not None:
         from vllm_gumiho.tuning.plot import plot_plan
@@ -61,9 +66,19 @@ def plan(
         plot_plan(found, plot)
     if as_json:
         rows = [{"length": option.length, **dataclasses.asdict(option)} for option in found]
-        print(json.dumps({"batch": batch, "best": rows[found.index(fastest)], "options": rows}, indent=1))
+        print(json.dumps({"batch": concurrency, "best": rows[found.index(fastest)], "options": rows}, indent=1))
         return
-    table = Table("K", "serial", "heads", "accepted", "step ms", "tokens/s", "speedup", "", title=f"batch size {batch}")
+    table = Table(
+        "K",
+        "serial",
+        "heads",
+        "accepted",
+        "step ms",
+        "tokens/s",
+        "speedup",
+        "",
+        title=f"{concurrency} requests at once",
+    )
     for length in range(found[-1].length + 1):
         here = [option for option in found if option.length == length]
         for option in here:
@@ -78,26 +93,30 @@ def plan(
 
 
 def tune(
-    target: Annotated[str, typer.Option(help="Target model: folder or hub name.")],
-    checkpoint: Annotated[str, typer.Option(help="Gumiho checkpoint; 'gumiho' finds the target's.")] = "gumiho",
-    max_batch: Annotated[
+    target: TargetOption,
+    checkpoint: CheckpointOption = "gumiho",
+    concurrency: Annotated[
         int | None,
         typer.Option(
-            help="Largest batch size; nothing is drafted above it.  Give --max-num-seqs of the server where that is "
+            help="Most requests at once; nothing is drafted above it.  Give --max-num-seqs of the server where that is "
             "smaller than the default: 16 on a CPU, 64 elsewhere."
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Also write the record, with all times, to this file.")] = None,
-    dtype: str = "auto",
-    quantization: str | None = None,
-    enforce_eager: Annotated[bool, typer.Option("--enforce-eager")] = False,
-    tensor_parallel_size: int = 1,
-    gpu_memory_utilization: float | None = None,
-    repeats: Annotated[int, typer.Option(help="Times each cell is measured.")] = 3,
-    seconds: Annotated[float, typer.Option(help="Of decoding, for each cell and repeat.")] = 1.0,
-    tokens: Annotated[int, typer.Option(help="Length of each answer that acceptance is measured on.")] = 64,
-    margin: Annotated[float, typer.Option(help="Gain over not drafting that turns drafting on.")] = MARGIN,
-    max_loss: Annotated[float, typer.Option(help="Loss at any batch size that turns it off altogether.")] = MAX_LOSS,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the record, with all times, to this file.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="vLLM's, as you serve.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="vLLM's, as you serve.")] = None,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="vLLM's, as you serve.")] = False,
+    tensor_parallel_size: Annotated[int, typer.Option(help="vLLM's, as you serve.")] = 1,
+    gpu_memory_utilization: Annotated[float | None, typer.Option(help="vLLM's, as you serve.")] = None,
+    repeats: Annotated[int, typer.Option(help="Times each cell is measured.")] = Plan.repeats,
+    seconds: Annotated[float, typer.Option(help="Of decoding, for each cell and repeat.")] = Plan.seconds,
+    tokens: Annotated[int, typer.Option(help="Length of each answer that acceptance is measured on.")] = Plan.tokens,
+    margin: Annotated[float, typer.Option(help="Gain over not drafting that turns drafting on.")] = Plan.margin,
+    max_loss: Annotated[
+        float, typer.Option(help="Loss at any number of requests that turns it off altogether.")
+    ] = Plan.max_loss,
     verify: Annotated[
         bool,
         typer.Option(
@@ -105,8 +124,8 @@ def tune(
             "loses more than --max-loss or on average."
         ),
     ] = True,
-    verify_tokens: Annotated[int, typer.Option(help="Mean length of the answers that verify.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Rounds of them.")] = 3,
+    verify_tokens: Annotated[int, typer.Option(help="Mean length of the answers that verify.")] = Plan.answer_tokens,
+    rounds: Annotated[int, typer.Option(help="Rounds of them.")] = Plan.rounds,
     curve: Annotated[Path | None, typer.Option(help="PNG of the verification, with the largest K beside.")] = None,
 ) -> None:
     """Measure step times and acceptance on this machine, and store the schedule that "auto" uses.
@@ -114,15 +133,16 @@ def tune(
     Starts real engines in processes of their own, with speculation off and at every K.  The engine arguments are
     part of what a schedule is stored for: give those you serve with.
     """
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
-    from vllm_gumiho.config import locate
+    from vllm_gumiho.engines.target import find_target
+    from vllm_gumiho.request import resolve
     from vllm_gumiho.tuning import auto, storage
-    from vllm_gumiho.tuning.measure import Plan
 
-    sizes = {"max_batch": max_batch, "repeats": repeats, "tokens": tokens, "verify_tokens": verify_tokens,
-             "rounds": rounds, "seconds": seconds}  # fmt: skip
+    sizes = {
+        "concurrency": concurrency, "repeats": repeats, "tokens": tokens, "verify_tokens": verify_tokens,
+        "rounds": rounds, "seconds": seconds,
+    }  # fmt: skip
     for name, value in sizes.items():
         if value is not None and value <= 0:
             raise TuningError(f"--{name.replace('_', '-')} {value}: give a number above 0")
@@ -131,48 +151,46 @@ def tune(
     storage.writable_folder()
     current_platform.pre_register_and_update()
     given = {"quantization": quantization, "gpu_memory_utilization": gpu_memory_utilization}
-    engine = EngineArgs(
-        model=target, dtype=dtype, enforce_eager=enforce_eager, tensor_parallel_size=tensor_parallel_size,
-        max_num_seqs=max_batch, **{name: value for name, value in given.items() if value is not None},
+    engine, model = _engine_of(
+        find_target(target), dtype=dtype, enforce_eager=enforce_eager, tensor_parallel_size=tensor_parallel_size,
+        max_num_seqs=concurrency, **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
-    try:
-        model = engine.create_model_config()
-    except (ValueError, OSError) as error:
-        words = " ".join(str(error).partition("[type=")[0].split())
-        reason = words.partition("Value error, ")[2] or words
-        raise TuningError(
-            f"{target}: vLLM cannot use it as a target ({reason}); give a model folder or hub name"
-        ) from error
-    spec = {"method": "gumiho", "model": checkpoint}
-    where, path = locate(spec, model)
-    key = storage.identity(engine, model, path, spec)
+    request = resolve({"method": DEFAULT.name, "model": checkpoint}, model)
+    key = storage.identity(request, engine, model)
     settings = Plan(
-        max_batch or storage.largest_batch(engine),
-        repeats,
-        seconds,
-        tokens,
-        margin,
-        max_loss,
-        rounds if verify else 0,
-        verify_tokens,
+        max_batch=concurrency or storage.largest_batch(engine), repeats=repeats, seconds=seconds, tokens=tokens,
+        margin=margin, max_loss=max_loss, rounds=rounds if verify else 0, answer_tokens=verify_tokens,
         fixed=curve is not None,
-    )
+    )  # fmt: skip
     with console.status("starting") as status:
         record = auto.measured_record(
-            spec, where, path, engine, model, key, settings, lambda line: status.update(f"measuring: {line}")
+            request, engine, model, key, settings, lambda line: status.update(f"measuring: {line}")
         )
         file = storage.save(record)
     _show(record)
     console.print(f"stored: {file}", highlight=False, soft_wrap=True)
     if output is not None:
-        from vllm_gumiho.checkpoint import write_json
-
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, _portable(record))
     if curve is not None:
         from vllm_gumiho.tuning.plot import plot_curve
 
         plot_curve(record["verified"], f"{Path(target).name}, {key['processor']}, {key['dtype']}", curve)
+
+
+def _engine_of(target: str, **arguments: Any) -> tuple[Any, Any]:
+    """vLLM's engine arguments and the target's config.  Raises: TuningError with vLLM's reason."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    engine = EngineArgs(model=target, **arguments)
+    try:
+        return engine, engine.create_model_config()
+    except (ValueError, OSError) as error:
+        words = " ".join(str(error).partition("[type=")[0].split())
+        reason = words.partition("Value error, ")[2] or words
+        raise TuningError(
+            f"{target}: vLLM cannot use it as a target ({reason}); give a model folder or hub name"
+        ) from error
 
 
 def _portable(record: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +218,7 @@ def _show(record: dict[str, Any]) -> None:
         console.print(f"speculation off: {record['reason']}", highlight=False)
     else:
         console.print(f"schedule: {in_words(record['schedule'])}; {record['reason']}", highlight=False)
-        console.print_json(data={"num_speculative_tokens_per_batch_size": record["schedule"]}, indent=None)
+        console.print_json(data={SCHEDULE: record["schedule"]}, indent=None)
         if record["above"]:
             largest = record["schedule"][-1][0] - 1
             console.print(f"off where --max-num-seqs is above {largest}: {record['above']}", highlight=False)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_gumiho.tuning import TuningError
+from vllm_gumiho.errors import TuningError
 from vllm_gumiho.tuning.theory import StepTimes, conditional
 
 TIMES = ("target", "verify", "serial", "heads")

@@ -7,13 +7,14 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_gumiho.tuning import TuningError
+from vllm_gumiho.errors import TuningError
+from vllm_gumiho.request.lengths import SCHEDULE, TOKENS
 from vllm_gumiho.tuning.engine import MeasuringEngine
-from vllm_gumiho.tuning.schedule import MARGIN, MAX_LOSS, Costs, choose
+from vllm_gumiho.tuning.schedule import Costs, choose
+from vllm_gumiho.tuning.settings import Plan
 from vllm_gumiho.tuning.storage import FORMAT
 from vllm_gumiho.tuning.theory import conditional
 
@@ -29,32 +30,6 @@ PASSED_ON = (
     "kv_cache_dtype", "block_size", "enforce_eager", "tensor_parallel_size", "gpu_memory_utilization", "load_format",
     "download_dir", "config_format", "hf_overrides", "distributed_executor_backend", "disable_custom_all_reduce",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much to measure.  seconds: of decoding for each cell and repeat.
-
-    tokens: of each answer for acceptance.  rounds, answer_tokens: of the real requests that then meet the schedule, no
-    rounds for none; fixed: the largest K meets them too.  limit_s: for all of it.
-    """
-
-    max_batch: int = 16
-    repeats: int = 3
-    seconds: float = 1.0
-    tokens: int = 64
-    margin: float = MARGIN
-    max_loss: float = MAX_LOSS
-    rounds: int = 3
-    answer_tokens: int = 32
-    fixed: bool = False
-    limit_s: float = 4 * 3600.0
-
-    @property
-    def batches(self) -> list[int]:
-        """1, 2, 4, ... and the largest."""
-        sizes = [2**n for n in range(self.max_batch.bit_length()) if 2**n < self.max_batch]
-        return [*sizes, self.max_batch]
 
 
 def engine_settings(engine: EngineArgs, target: ModelConfig, max_batch: int) -> dict[str, Any]:
@@ -78,7 +53,7 @@ def measure(
     settings: of `engine_settings`.  speculative: a complete speculative config except for the lengths.  most: the
     largest K.  mode: of `mode_for`.  note: takes lines of progress.
 
-    Raises: TuningError when an engine fails.
+    Raises: EngineError when an engine fails, TuningError when it drafts nothing.
     """
     begun = time.perf_counter()
     off: dict[str, list[float]] = {str(batch): [] for batch in plan.batches}
@@ -94,19 +69,19 @@ def measure(
 
     def drafting(length: int) -> MeasuringEngine:
         schedule = [[1, plan.max_batch, length]]
-        config = {**speculative, "num_speculative_tokens": most, "num_speculative_tokens_per_batch_size": schedule}
+        config = {**speculative, TOKENS: most, SCHEDULE: schedule}
         return start({**settings, "speculative_config": config})
 
     def off_cells(repeats: int) -> str:
         with start(settings) as engine:
             for _, batch in itertools.product(range(repeats), plan.batches):
                 cell(engine, off, batch, 0, False)
-            return str(engine.started["runner"])
+            return str(engine.started["model_runner"])
 
     note("starting")
     if mode == TOGETHER:
         with start(settings) as plain, drafting(most) as engine:
-            runner = str(engine.started["runner"])
+            runner = str(engine.started["model_runner"])
             accepted = engine.ask("acceptance", tokens=plan.tokens)
             for _, batch in itertools.product(range(plan.repeats), plan.batches):
                 cell(plain, off, batch, 0, False)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import statistics
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_gumiho.tuning import TuningError
+from vllm_gumiho.figures import MARKERS, new_figure, save_figure
 from vllm_gumiho.tuning.theory import Option
 
 
 def plot_plan(found: Sequence[Option], output: Path) -> None:
     """Expected accepted tokens and tokens/s against K, a line for each number of serial steps.
 
-    Raises: TuningError without matplotlib, or when the file cannot be written.
+    Raises: FigureError without matplotlib, or when the file cannot be written.
     """
-    figure = new_figure(11)
+    figure = new_figure()
     left, right = figure.subplots(1, 2, sharex=True)
     off = found[0]
     for serial in sorted({option.serial for option in found[1:]}):
@@ -32,19 +31,19 @@ def plot_plan(found: Sequence[Option], output: Path) -> None:
         axis.grid(alpha=0.3)
         axis.set_ylim(bottom=0)
     right.legend(fontsize="small")
-    save(figure, output)
+    save_figure(figure, output)
 
 
 def plot_curve(curve: dict[str, Any], title: str, output: Path) -> None:
     """Measured tokens/s against concurrency, median and range, and the same over no speculation.
 
     curve: ``{name: {concurrency: [tokens/s of each run]}}`` with a line named ``off``.
-    Raises: TuningError without matplotlib, or when the file cannot be written.
+    Raises: FigureError without matplotlib, or when the file cannot be written.
     """
-    figure = new_figure(11)
+    figure = new_figure()
     left, right = figure.subplots(1, 2, sharex=True)
     base = {size: statistics.median(runs) for size, runs in curve["off"].items()}
-    for (name, line), marker in zip(curve.items(), "osd^", strict=False):
+    for (name, line), marker in zip(curve.items(), MARKERS, strict=False):
         sizes = [int(size) for size in line]
         middle = [statistics.median(runs) for runs in line.values()]
         spread = [
@@ -64,27 +63,4 @@ def plot_curve(curve: dict[str, Any], title: str, output: Path) -> None:
         axis.set_ylim(bottom=0)
     left.legend(fontsize="small")
     figure.suptitle(title, fontsize="small")
-    save(figure, output)
-
-
-def new_figure(width: float) -> Any:
-    """An empty figure, 4.5 inches high.  Raises: TuningError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TuningError("plots need matplotlib, which is not installed; pip install 'vllm-gumiho[eval]'") from error
-    return Figure(figsize=(width, 4.5), layout="constrained")
-
-
-def save(figure: Any, output: Path) -> None:
-    """Write a PNG that is there whole or not at all.  Raises: TuningError when it cannot be written."""
-    part = output.with_name(f"{output.name}.{uuid.uuid4().hex}.part")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            figure.savefig(part, format="png", dpi=100)
-            part.replace(output)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise TuningError(f"{output}: cannot be written ({error.strerror or error}); give another path") from error
+    save_figure(figure, output)

@@ -11,9 +11,8 @@ import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from vllm_gumiho.tuning import TuningError
+from vllm_gumiho.errors import TuningError
 from vllm_gumiho.tuning.theory import expected_accepted
 
 MARGIN = 0.05
@@ -101,25 +100,6 @@ def ranges(lengths: Sequence[int]) -> list[list[int]]:
         else:
             found.append([size, size, length])
     return found
-
-
-def checked_schedule(value: Any, most: int) -> list[list[int]]:
-    """A schedule read from elsewhere.
-
-    Raises: TuningError unless it is a list of ranges from batch size 1 without gaps, each K from 0 to ``most``.
-    """
-    problem = TuningError(f"{value!r} is not a list of [first, last, K] from batch size 1 with K from 0 to {most}")
-    if not isinstance(value, list) or not value:
-        raise problem
-    expected = 1
-    for entry in value:
-        if not isinstance(entry, list) or len(entry) != 3 or any(type(number) is not int for number in entry):
-            raise problem
-        first, last, length = entry
-        if first != expected or last < first or not 0 <= length <= most:
-            raise problem
-        expected = last + 1
-    return value
 
 
 def in_words(schedule: Sequence[Sequence[int]]) -> str:

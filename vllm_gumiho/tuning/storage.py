@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
-import platform
 import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_gumiho.tuning import StorageError, TuningError
-from vllm_gumiho.tuning.schedule import checked_schedule
+from vllm_gumiho.engines.facts import cores, processor, vllm_version
+from vllm_gumiho.env import CACHE_ROOT, SCHEDULE, V2_RUNNER, cache_folder
+from vllm_gumiho.errors import StorageError, TuningError
+from vllm_gumiho.files import digest_of, write_json
+from vllm_gumiho.request import lengths
+from vllm_gumiho.request.resolve import Request
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.engine.arg_utils import EngineArgs
 
 FORMAT = 2
-VARIABLE = "VLLM_GUMIHO_SCHEDULE"
 logger = logging.getLogger("vllm.vllm_gumiho")
 
 
 def schedules_folder() -> Path:
     """``gumiho/schedules`` under VLLM_CACHE_ROOT."""
-    root = os.environ.get("VLLM_CACHE_ROOT") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "vllm"
-    )
-    return Path(root).expanduser() / "gumiho" / "schedules"
+    return cache_folder() / "schedules"
 
 
-def machine() -> dict[str, Any]:
+def _machine() -> dict[str, Any]:
     """What the speed of a step depends on: processor names and the number of cores this process may use."""
     from vllm.platforms import current_platform
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts: dict[str, Any] = {"processor": _processor(), "cores": cores}
-    if not current_platform.is_cpu():
-        facts["device"] = current_platform.get_device_name()
-    return facts
+    device = {} if current_platform.is_cpu() else {"device": current_platform.get_device_name()}
+    return {"processor": processor(), "cores": cores(), **device}
 
 
 def largest_batch(engine: EngineArgs) -> int:
@@ -51,17 +45,12 @@ def largest_batch(engine: EngineArgs) -> int:
     return min(engine.max_num_seqs or most, most)
 
 
-def identity(engine: EngineArgs, target: ModelConfig, checkpoint: Path, speculative: dict[str, Any]) -> dict[str, Any]:
-    """Everything a schedule is valid for; equal identities share a file.
-
-    engine: the user's arguments.  checkpoint: local path.  speculative: the user's speculative config.
-    """
-    from vllm_gumiho.hooks import vllm_version
-
-    other = {key: value for key, value in speculative.items() if key not in _CHOSEN and value is not None}
+def identity(request: Request, engine: EngineArgs, target: ModelConfig) -> dict[str, Any]:
+    """Everything a schedule is valid for; equal identities share a file.  engine: the user's arguments."""
+    other = {key: value for key, value in request.spec.items() if key not in _CHOSEN and value is not None}
     return {
         "target": _stamp(target.model),
-        "checkpoint": _stamp(str(checkpoint)),
+        "checkpoint": _stamp(str(request.checkpoint.path)),
         "vllm": vllm_version(),
         "dtype": str(target.dtype).removeprefix("torch."),
         "quantization": target.quantization,
@@ -70,30 +59,29 @@ def identity(engine: EngineArgs, target: ModelConfig, checkpoint: Path, speculat
         "tensor_parallel": engine.tensor_parallel_size,
         # One measured for few requests at once says nothing of a server that decodes more.
         "largest_batch": largest_batch(engine),
-        "runner": {"1": "V2", "0": "V1"}.get(os.environ.get("VLLM_USE_V2_MODEL_RUNNER", ""), "default"),
+        "runner": {"1": "V2", "0": "V1"}.get(V2_RUNNER.get() or "", "default"),
         "speculative": json.loads(json.dumps(other, default=str)),
-        **machine(),
+        **_machine(),
     }
 
 
-_CHOSEN = ("method", "model", "num_speculative_tokens", "num_speculative_tokens_per_batch_size", "revision")
+_CHOSEN = ("method", "model", lengths.TOKENS, lengths.SCHEDULE, "revision")
 
 
 def path_of(key: dict[str, Any]) -> Path:
     """File of an identity."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(str(key["target"]["name"])).name)[:60]
-    return schedules_folder() / f"{name}-{digest}.json"
+    return schedules_folder() / f"{name}-{digest_of(key)}.json"
 
 
 def load(key: dict[str, Any]) -> dict[str, Any] | None:
     """The stored record of an identity, None without one.  An unusable file is named in a warning and ignored."""
-    inherited = os.environ.get(VARIABLE)
+    inherited = SCHEDULE.get()
     if inherited:
         try:
             record = checked(json.loads(inherited))
         except (ValueError, RecursionError) as error:
-            logger.warning("Gumiho: %s is not a schedule record (%s); it is not used", VARIABLE, error)
+            logger.warning("Gumiho: %s is not a schedule record (%s); it is not used", SCHEDULE.name, error)
         else:
             if record["key"] == key:
                 return record
@@ -116,26 +104,19 @@ def save(record: dict[str, Any]) -> Path:
     Raises: StorageError where the folder cannot be written.
     """
     file = path_of(checked(record)["key"])
-    folder = writable_folder()
-    temporary = None
+    writable_folder()
     try:
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".", suffix=".json", delete=False) as out:
-            temporary = Path(out.name)
-            json.dump(record, out, indent=1)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(file)
+        write_json(file, record, indent=1, sync=True)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise StorageError(f"{file}: cannot be written ({error.strerror or error}); {_REMEDY}") from error
     return file
 
 
 def writable_folder() -> Path:
     """The schedules folder, made and tried.  Raises: StorageError naming it where nothing can be written there."""
-    folder = schedules_folder()
+    folder: Path | str = "the folder of schedules"
     try:
+        folder = schedules_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"\0")
@@ -144,7 +125,7 @@ def writable_folder() -> Path:
     return folder
 
 
-_REMEDY = "set VLLM_CACHE_ROOT to a folder that can"
+_REMEDY = f"set {CACHE_ROOT.name} to a folder that can"
 
 
 def checked(record: Any) -> dict[str, Any]:
@@ -156,8 +137,9 @@ def checked(record: Any) -> dict[str, Any]:
         raise TuningError("no key that names a target")
     if type(most) is not int or most < 1 or type(single) is not int or not 0 <= single <= most:
         raise TuningError("no K, or one out of range")
-    if schedule is not None:
-        checked_schedule(schedule, most)
+    problem = None if schedule is None else lengths.schedule_problem(schedule, most)
+    if problem is not None:
+        raise TuningError(f"schedule {schedule!r}: {problem}")
     if not isinstance(record.get("reason"), str) or not isinstance(record.get("above"), (str, type(None))):
         raise TuningError("no reason, or one that is not text")
     return record
@@ -171,12 +153,4 @@ def _stamp(name: str) -> dict[str, str]:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     kept = [file for file in files if file.suffix in (".json", ".safetensors", ".bin", ".gguf") and file.is_file()]
     facts = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in kept]
-    return {"name": str(path.resolve()), "files": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}
-
-
-def _processor() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    return {"name": str(path.resolve()), "files": digest_of(facts)}

@@ -24,7 +24,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vllm_gumiho.tuning import TuningError
+from vllm_gumiho.errors import TuningError
 
 
 def expected_accepted(accuracies: Iterable[float]) -> float:

@@ -7,10 +7,12 @@ import statistics
 import time
 from typing import Any
 
-from vllm_gumiho.tuning import TuningError
+from vllm_gumiho.errors import EngineError, TuningError
+from vllm_gumiho.request.lengths import SCHEDULE, TOKENS
 from vllm_gumiho.tuning.engine import MeasuringEngine
-from vllm_gumiho.tuning.measure import TOGETHER, Note, Plan
+from vllm_gumiho.tuning.measure import TOGETHER, Note
 from vllm_gumiho.tuning.schedule import gains_in_words, refusal
+from vllm_gumiho.tuning.settings import Plan
 
 WARM_TOKENS = 2
 # The processes of the engine that had its turn look for work for one second more before they leave the cores.
@@ -29,18 +31,14 @@ def verified(
     most, schedule = record["most"], record["schedule"]
     configs: dict[str, dict[str, Any] | None] = {"off": None}
     if plan.fixed:
-        configs[f"K={most}"] = {**speculative, "num_speculative_tokens": most}
+        configs[f"K={most}"] = {**speculative, TOKENS: most}
     if schedule is not None:
-        lengths = {
-            "num_speculative_tokens": max(length for *_, length in schedule),
-            "num_speculative_tokens_per_batch_size": schedule,
-        }
-        configs["schedule"] = {**speculative, **lengths}
+        configs["schedule"] = {**speculative, TOKENS: max(length for *_, length in schedule), SCHEDULE: schedule}
     if len(configs) == 1:
         return record
     try:
         curve = measure_curve(settings, configs, plan, mode, note, plan.limit_s - record["measurement"]["seconds"])
-    except TuningError as error:
+    except (TuningError, EngineError) as error:
         return _withdrawn(record, f"it could not be verified: {error}")
     return judged(record, curve, plan)
 
@@ -86,7 +84,7 @@ def measure_curve(
     settings: arguments of `vllm.LLM`, the same that the schedule is stored for.  mode: of `measure.mode_for`; where
     engines fit side by side they take turns, elsewhere they follow each other, in every other round backwards.
 
-    Raises: TuningError when an engine fails, or when all takes more than ``limit_s`` seconds.
+    Raises: EngineError when an engine fails, or when all takes more than ``limit_s`` seconds.
     """
     begun = time.perf_counter()
     curve: Curve = {name: {str(batch): [] for batch in plan.batches} for name in configs}

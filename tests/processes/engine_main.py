@@ -1,0 +1,270 @@
+"""Runs engine cases in a process of its own: ``python engine_main.py JOB.json RESULT.json``.
+
+A job is ``{"runner": "v1" | "v2", "cases": {name: {"llm": {...}, "steps": [{"do": kind, ...}]}}}``; the kinds are the
+keys of `STEPS`.  A case's result has the engine's facts and one entry a step: what the step returned, or its error,
+and by how much vLLM's own counters grew in it; and the process's attempts to reach a network.  The V2 runner needs
+Triton's interpreter, which must be chosen before Triton is imported: hence the process.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from config_main import watch_network
+
+COUNTERS = {
+    "vllm:spec_decode_num_drafts": "drafts", "vllm:spec_decode_num_draft_tokens": "drafted",
+    "vllm:spec_decode_num_accepted_tokens": "accepted", "vllm:num_preemptions": "preemptions",
+    "vllm:prefix_cache_hits": "prefix_hits", "vllm:prompt_tokens": "prompt_tokens",
+    "vllm:generation_tokens": "generated",
+}  # fmt: skip
+
+
+def prepare(runner: str) -> None:
+    """Set this process up for a model runner; before vLLM is imported."""
+    os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="INFO")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if os.environ.get("GUMIHO_TESTS_ON_GPU"):
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner == "v2"))
+    elif runner == "v2":
+        from vllm_gumiho.engines import interpreter
+
+        interpreter.prepare()
+
+
+def counters(llm: Any) -> dict[str, float]:
+    totals = dict.fromkeys(COUNTERS.values(), 0)
+    for metric in llm.get_metrics():
+        if metric.name in COUNTERS:
+            totals[COUNTERS[metric.name]] += metric.value
+    return totals
+
+
+def accepted_per_position(llm: Any) -> list[int]:
+    found = (m for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens_per_pos")
+    return next((list(metric.values) for metric in found), [])
+
+
+def launches() -> dict[str, list[str]]:
+    """Which kernels have run in this process."""
+    from vllm_gumiho.kernels import lm_head_argmax, parallel_heads
+
+    heads = sorted(path.value for path in parallel_heads.launches)
+    return {"heads": heads, "argmax": sorted(lm_head_argmax.launches)}
+
+
+def sampling_params(fields: dict) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    fields = dict(fields)
+    if "structured_outputs" in fields:
+        fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
+    if "logit_bias" in fields:
+        fields["logit_bias"] = {int(token): value for token, value in fields["logit_bias"].items()}
+    return SamplingParams(**fields)
+
+
+def as_prompts(prompts: list) -> list:
+    return [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in prompts]
+
+
+def plain(output: Any) -> dict:
+    """A request's output as JSON: every completion's tokens, text, reasons and logprobs."""
+
+    def values(entry: dict | None) -> dict | None:
+        return None if entry is None else {str(token): logprob.logprob for token, logprob in entry.items()}
+
+    return {
+        "tokens": [list(o.token_ids) for o in output.outputs],
+        "texts": [o.text for o in output.outputs],
+        "finish": [o.finish_reason for o in output.outputs],
+        "stop": [o.stop_reason for o in output.outputs],
+        "logprobs": [o.logprobs and [values(entry) for entry in o.logprobs] for o in output.outputs],
+        "prompt_logprobs": output.prompt_logprobs and [values(entry) for entry in output.prompt_logprobs],
+    }
+
+
+def generate(llm: Any, step: dict) -> list[dict]:
+    from vllm.lora.request import LoRARequest
+
+    sampling = step["sampling"]
+    parameters = [sampling_params(s) for s in sampling] if isinstance(sampling, list) else sampling_params(sampling)
+    numbers = {folder: 1 + i for i, folder in enumerate(sorted({folder for folder in step.get("lora", []) if folder}))}
+    lora = [folder and LoRARequest(Path(folder).name, numbers[folder], folder) for folder in step.get("lora", [])]
+    outputs = llm.generate(as_prompts(step["prompts"]), parameters, use_tqdm=False, lora_request=lora or None)
+    return [plain(output) for output in outputs]
+
+
+def traffic(llm: Any, step: dict) -> dict:
+    """Engine steps in which request i joins at step ``join[i]`` and is aborted once it has ``abort[i]`` tokens."""
+    engine = llm.llm_engine
+    waiting = dict(enumerate(step["prompts"]))
+    seen: dict[int, dict] = {}
+    aborted: list[int] = []
+    now = 0
+    while waiting or engine.has_unfinished_requests():
+        for i in [i for i in waiting if step["join"][i] <= now]:
+            (prompt,) = as_prompts([waiting.pop(i)])
+            engine.add_request(str(i), prompt, sampling_params(step["sampling"]))
+        for output in engine.step():
+            i = int(output.request_id)
+            seen[i] = plain(output)
+            limit = step["abort"][i]
+            if limit is not None and len(output.outputs[0].token_ids) >= limit and i not in aborted:
+                engine.abort_request([str(i)])
+                aborted.append(i)
+        now += 1
+    unused = engine.engine_core.engine_core.scheduler.kv_cache_manager.usage
+    return {"outputs": [seen[i] for i in range(len(step["prompts"]))], "aborted": aborted, "cache_usage": unused}
+
+
+def embed(llm: Any, step: dict) -> list[list[float]]:
+    return [output.outputs.embedding for output in llm.embed(as_prompts(step["prompts"]), use_tqdm=False)]
+
+
+def reach(llm: Any, step: dict) -> int:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", step["port"]))
+
+
+STEPS = {"generate": generate, "traffic": traffic, "embed": embed, "reach": reach}
+
+
+def run_step(llm: Any, step: dict) -> dict:
+    before, started = counters(llm), time.monotonic()
+    try:
+        result: dict = {"result": STEPS[step["do"]](llm, step)}
+    except Exception as error:
+        result = {"error": f"{type(error).__name__}: {error}"}
+        traceback.print_exc()
+    seconds, after = time.monotonic() - started, counters(llm)
+    return result | {"seconds": seconds, "counts": {name: after[name] - before[name] for name in after}}
+
+
+def keep_async_scheduling() -> None:
+    """Take async_scheduling as it was asked for: vLLM's CPU platform turns it off, though its runner can do it."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config.__func__
+
+    def keep(cls, vllm_config) -> None:
+        asked = vllm_config.scheduler_config.async_scheduling
+        update(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = asked
+
+    CpuPlatform.check_and_update_config = classmethod(keep)
+
+
+def record_drafts(llm: Any) -> list[tuple[list[int], list[int]]]:
+    """A list that fills with the verified tokens of a request and what was drafted after them, one entry a draft."""
+    if llm.llm_engine.vllm_config.use_v2_model_runner:
+        return _record_speculator(llm.llm_engine.model_executor.driver_worker.worker.model_runner)
+    scheduler, drafts = llm.llm_engine.engine_core.engine_core.scheduler, []
+    update = scheduler.update_draft_token_ids
+
+    def recording(found: Any) -> None:
+        update(found)
+        for name, tokens in zip(found.req_ids, found.draft_token_ids, strict=True):
+            request = scheduler.requests.get(name)
+            if request is not None and request.spec_token_ids:
+                drafts.append((list(request.all_token_ids), list(tokens)))
+
+    scheduler.update_draft_token_ids = recording
+    return drafts
+
+
+def _record_speculator(runner: Any) -> list[tuple[list[int], list[int]]]:
+    """Model runner V2 keeps draft tokens from the scheduler: they are read where they are made."""
+    states, drafts, propose = runner.req_states, [], runner.speculator.propose
+
+    def recording(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        found = propose(input_batch, *args, **kwargs)
+        num_sampled = args[4]
+        for row, slot in enumerate(input_batch.idx_mapping.tolist()):
+            if num_sampled[row] > 0:  # else more of its prompt is to come
+                text = states.all_token_ids.gpu[slot, : int(states.total_len.gpu[slot])]
+                drafts.append((text.tolist(), found[row].tolist()))
+        return found
+
+    runner.speculator.propose = recording
+    return drafts
+
+
+def accept_too_often() -> None:
+    """A wrong sampler: drafts pass with their probability over 0.75."""
+    from vllm.v1.sample import rejection_sampler
+
+    right = rejection_sampler.generate_uniform_probs
+    rejection_sampler.generate_uniform_probs = lambda *args, **kwargs: right(*args, **kwargs) * 0.75
+
+
+PLANTS = {"accepts too often": accept_too_often}
+
+
+def run_case(case: dict, attempts: list[str]) -> dict:
+    from vllm import LLM
+
+    if case.get("import_first"):
+        import vllm_gumiho  # noqa: F401
+    if "plant" in case:
+        PLANTS[case["plant"]]()
+    if case["llm"].get("async_scheduling"):
+        keep_async_scheduling()
+    defaults = {
+        "dtype": "float32", "max_model_len": 256, "enforce_eager": True, "max_num_seqs": 8, "disable_log_stats": False,
+    }  # fmt: skip
+    before = len(attempts)
+    llm = LLM(**(defaults | case["llm"]))
+    config = llm.llm_engine.vllm_config
+    speculative = config.speculative_config
+    facts = {
+        "runner": "v2" if config.use_v2_model_runner else "v1",
+        "async_scheduling": config.scheduler_config.async_scheduling,
+        "batches_in_flight": getattr(llm.llm_engine.engine_core.engine_core, "batch_queue_size", None),
+        "draft": speculative and getattr(speculative.draft_model_config, "architectures", None),
+        "method": speculative and speculative.method,
+        "draft_tensor_parallel_size": speculative and speculative.draft_tensor_parallel_size,
+        "quantization": config.model_config.quantization,
+    }
+    worker = getattr(getattr(llm.llm_engine.model_executor, "driver_worker", None), "worker", None)
+    runner = getattr(worker, "model_runner", None)
+    facts |= {
+        "drafter": type(getattr(runner, "drafter", None) or getattr(runner, "speculator", None)).__name__,
+        "model": config.model_config.model,
+        "k": speculative and speculative.num_speculative_tokens,
+    }
+    drafts = record_drafts(llm) if case.get("record") else []
+    steps = [run_step(llm, step) for step in case["steps"]]
+    facts |= {"accepted per position": accepted_per_position(llm), "launches": launches()}
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    return {"facts": facts, "steps": steps, "drafts": drafts, "network": attempts[before:]}
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    prepare(job["runner"])
+    attempts = watch_network()
+    results = {}
+    for name, case in job["cases"].items():
+        try:
+            results[name] = run_case(case, attempts)
+        except Exception as error:
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+            traceback.print_exc()
+    Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The rows of the feature matrix, docs/features.md, which ``python tests/support/feature_list.py`` writes.
+
+Which test proves a row, and in which model runner, is read from the tests: ``@pytest.mark.feature(name, runner)``.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from places import ROOT, TESTS
+
+PAGE = ROOT / "docs" / "features.md"
+RUNNERS = ("V1", "V2")
+SAME, DISTRIBUTION = "same tokens", "same distribution"
+LIKE_OFF, LIKE_EAGLE, REFUSED = "refused as without Gumiho", "refused as with EAGLE", "refused with the remedy"
+UNTOUCHED = "untouched"
+LONGEST = 10  # Words of a note that a cell still holds.
+
+# Name, what holds, and what else there is to know.
+FEATURES: dict[str, tuple[str, str]] = {
+    "greedy requests: continuous batching, every K, K by batch size": (SAME, ""),
+    "sampling: temperature, top-p, top-k; greedy and probabilistic drafts": (
+        DISTRIBUTION,
+        "G-test of the first tokens together, 5,000 draws a setting; long form: 20,000, and 800 in V2 at T=1",
+    ),
+    "chunked prefill": (SAME, "prompts longer than `max_num_batched_tokens`"),
+    "prefix caching": (
+        SAME,
+        "hit, partial hit, after eviction (V2: a partial hit); as with EAGLE, the last matching block is recomputed",
+    ),
+    "preemption and recompute": (SAME, ""),
+    "requests joining, finishing and aborted": (SAME, "no KV block is left in use"),
+    "prompts and outputs up to max_model_len": (SAME, ""),
+    "positions beyond the draft's max_position_embeddings": (SAME, "drafts go on"),
+    "stop strings and stop tokens": (SAME, ""),
+    "end of sequence inside a draft": (SAME, ""),
+    "min_tokens": (SAME, ""),
+    "max_tokens reached inside a draft": (SAME, ""),
+    "logprobs": (SAME, "values within 0.001"),
+    "prompt_logprobs": (SAME, "values within 0.001"),
+    "repetition, presence and frequency penalties": (SAME, ""),
+    "bad words": (SAME, ""),
+    "allowed tokens": (SAME, ""),
+    "logit_bias and min_p": (LIKE_EAGLE, "by vLLM, with any speculation"),
+    "custom logits processors": (LIKE_EAGLE, "by vLLM, with any speculation"),
+    "per-request seeds": (
+        "repeatable",
+        "not the draws of speculation off, and others again where a step's token budget cuts drafts short; the CPU "
+        "build fails with a seeded prompt in chunks, with or without Gumiho",
+    ),
+    "n > 1": (SAME, ""),
+    "structured output: JSON schema, regex, grammar, choice": (SAME, "xgrammar"),
+    "async scheduling": (SAME, "vLLM turns it off on a CPU: the test turns it on"),
+    "tensor parallel": (
+        SAME,
+        "2 workers; draft over both or one; heads whole on each, or shared out; not in V2, as each worker would need "
+        "the interpreter",
+    ),
+    "data parallel": (SAME, "2 engines; `LLM` alone refuses it as without Gumiho; not in V2, as above"),
+    "pipeline parallel": (REFUSED, "the embedding and the LM head are on different workers; before a runner is chosen"),
+    "target in eight bits (compressed-tensors W8A8 on the CPU)": (SAME, ""),
+    "target in four bits (GPTQ and AWQ on the CPU)": (SAME, "in bfloat16, with a target that rejects few drafts"),
+    "LoRA adapters on the target": (
+        SAME,
+        "drafts are made without the adapter; V1 is taken by default, and V2 is refused: that of vLLM 0.32 gives "
+        "adapters of the LM head wrong rows with any draft model, and fails in the CPU build (tested with EAGLE)",
+    ),
+    "sleep and wake": (LIKE_OFF, "the CPU build has no sleep mode; untested on a GPU"),
+    "embedding models": (UNTOUCHED, ""),
+    "n-gram and EAGLE speculation, and none": (UNTOUCHED, ""),
+}
+
+HEAD = """# Features
+
+Each row is proven by tests that start real engines, on the CPU build of vLLM 0.32 with tiny models in float32.
+*Same tokens* means token ids, text and reasons of ending equal to speculation off under greedy decoding, while drafts
+were accepted and, but for a few cases that end at once, rejected (by vLLM's own counters). vLLM 0.32 takes model
+runner V2 by default where Triton is installed, as on GPUs, and V1 in the CPU build (`VLLM_USE_V2_MODEL_RUNNER`
+decides). V2 runs here under Triton's interpreter, and most rows there rest on one batch in which each request asks for
+something else, once. An empty runner means no test there, not a known fault, unless the note says so. What is drafted
+is compared too: with a drafter of random layers, drafts after chunked prefill, prefix hits and preemption, and those of
+two tensor-parallel workers (V1), are those of a request that ran alone. For targets in FP8, NVFP4 and MXFP4, whose
+kernels are for GPUs, the engine's config is made ([engine_configs](../tests/request/test_engine_configs.py)), and no
+engine. `python tests/support/feature_list.py` writes this page from the tests' marks, and
+`tests/house/test_feature_matrix.py` holds it to them.
+
+| feature | state | V1 | V2 | proven by | note |
+|---|---|---|---|---|---|
+"""
+
+
+def marks() -> dict[str, dict[str, set[str]]]:
+    """Test files by feature and model runner, from the decorators of every test function."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for file in sorted(TESTS.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_"):
+                continue
+            for decorator in node.decorator_list:
+                if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.feature":
+                    name, runner = (ast.literal_eval(argument) for argument in decorator.args)
+                    found.setdefault(name, {}).setdefault(runner, set()).add(file.relative_to(TESTS).as_posix())
+    return found
+
+
+def page() -> str:
+    """docs/features.md as it must be: a note of more than LONGEST words stands below the table, numbered."""
+    marked, lines, notes = marks(), [], []
+    for name, (state, note) in FEATURES.items():
+        proofs = marked.get(name, {})
+        runners = ["yes" if runner in proofs else "" for runner in RUNNERS]
+        files = sorted({file for files in proofs.values() for file in files})
+        links = ", ".join(f"[{Path(file).stem.removeprefix('test_')}](../tests/{file})" for file in files)
+        if len(note.split()) > LONGEST:
+            notes.append(f"{len(notes) + 1}. {name}: {note}")
+            note = f"note {len(notes)}"
+        lines.append(f"| {name} | {state} | {' | '.join(runners)} | {links} | {note} |")
+    return HEAD + "\n".join([*lines, "", *notes]) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,295 @@
+"""Whole training runs: killed and resumed, in several processes, and what they leave behind is served."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from engines import case, run_engines
+from places import PROCESSES
+
+from vllm_gumiho.checkpoint.tensors import D2T
+from vllm_gumiho.drafters.checkpoints import open_checkpoint
+from vllm_gumiho.errors import FigureError, RecipeError
+from vllm_gumiho.training.curves import plot_curves, read_curves
+from vllm_gumiho.training.provenance import made_with, read_recipe
+from vllm_gumiho.training.recipe import Recipe
+from vllm_gumiho.training.recipes import new_drafter, objective_of
+from vllm_gumiho.training.trainer import last_checkpoint, train
+
+SCRIPT = PROCESSES / "train_main.py"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rng = random.Random(0)
+    lines = []
+    for i in range(40):
+        start = rng.randrange(2, 100)
+        turns = [
+            {"prompt": [rng.randrange(2, 150) for _ in range(5)], "answer": [start + j for j in range(12)]},
+            {"prompt": [3, 4], "answer": [start + 20 + j for j in range(6)]},
+        ]
+        lines.append(json.dumps({"id": f"s{i}", "turns": turns}))
+    file = tmp_path_factory.mktemp("data") / "answers.jsonl"
+    file.write_text("\n".join(lines))
+    return file
+
+
+def recipe(target, data, output, **changes) -> Recipe:
+    """Three steps, each logged, on the CPU."""
+    extra = {"disable_tqdm": True, "report_to": [], "logging_steps": 1, "use_cpu": True}
+    return runs.recipe(target, data, output, **({"steps": 3, "extra": extra} | changes))
+
+
+def start(
+    folder: Path, settings: Recipe, *launcher: str, resume: bool = False, script: Path = SCRIPT, **variables: str
+) -> subprocess.Popen:
+    file = folder / "recipe.json"
+    file.write_text(json.dumps(asdict(settings)))
+    command = [sys.executable, *launcher, str(script), str(file), *(["resume"] if resume else [])]
+    log = (folder / "log").open("a")
+    return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
+
+
+def loss_curve(output: Path) -> dict[int, float]:
+    state = json.loads((output / "final" / "trainer_state.json").read_text())
+    return {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path, tiny_target, data):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = {"steps": 12, "own_tokens": 0.5, "feature_cache": str(tmp_path / "features")}
+    run = start(tmp_path, recipe(tiny_target, data, killed, **settings))
+    while not list(killed.glob("checkpoint-4/trainer_state.json")):
+        assert run.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.02)
+    run.kill()
+    run.wait()
+    assert not (killed / "final").exists()
+    stopped = last_checkpoint(killed)
+    assert start(tmp_path, recipe(tiny_target, data, killed, **settings), resume=True).wait(timeout=300) == 0
+    assert start(tmp_path, recipe(tiny_target, data, whole, **settings)).wait(timeout=300) == 0
+    expected, seen = loss_curve(whole), loss_curve(killed)
+    assert sorted(seen) == sorted(expected) == list(range(1, 13))
+    # The same sums in the same order on the same machine: no tolerance.
+    assert seen == expected
+    assert int(stopped.rpartition("-")[2]) < 12
+
+
+def test_two_processes_train_one_drafter(tmp_path, tiny_target, data):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713")
+    fsdp = {
+        "script": SCRIPT.with_name("fsdp_main.py"), "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "NO_WRAP", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    }  # fmt: skip
+
+    def run(name, resume=False, **ways):
+        settings = recipe(tiny_target, data, tmp_path / name, steps=4, optimizer="muon-serial", bf16=True)
+        process = start(tmp_path, settings, *launcher, resume=resume, **ways)
+        assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
+        return settings, loss_curve(tmp_path / name), dict(open_checkpoint(tmp_path / name / "final").tensors())
+
+    settings, losses, weights = run("copies")
+    assert read_recipe(tmp_path / "copies" / "final" / "recipe.json") == (settings, made_with(settings, processes=2))
+    # Two processes of two rows each take four rows a step, so an epoch has a quarter as many steps as rows.
+    state = json.loads((tmp_path / "copies" / "final" / "trainer_state.json").read_text())
+    assert state["epoch"] == pytest.approx(4 / math.ceil(len(_train_rows(settings)) / 4))
+
+    _, sharded_losses, sharded_weights = run("shards", **fsdp)
+    # Gradients are summed in another order, and bfloat16 products make more of it: 3e-5 of the loss was measured, and
+    # a thirty-fifth of the way from half time.
+    assert sharded_losses == pytest.approx(losses, rel=3e-4)
+    half = dict(open_checkpoint(tmp_path / "shards" / "checkpoint-2" / "drafter").tensors())
+    assert distance(sharded_weights, weights) < 0.1 * distance(sharded_weights, half)
+    assert (tmp_path / "shards" / "checkpoint-2" / "pytorch_model_fsdp.bin").exists()
+
+    shutil.rmtree(tmp_path / "shards" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "shards" / "final")
+    _, resumed_losses, resumed_weights = run("shards", resume=True, **fsdp)
+    assert resumed_losses == pytest.approx(sharded_losses, rel=1e-5)
+    assert distance(resumed_weights, sharded_weights) < 0.01 * distance(sharded_weights, half)
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return sum(float((one[name] - other[name]).square().sum()) for name in one) ** 0.5
+
+
+def _train_rows(settings: Recipe):
+    from vllm_gumiho.training.data import PackedRows, read_samples, split_held_out
+
+    samples = read_samples([Path(settings.data[0])], 160)
+    return PackedRows(split_held_out(samples, settings.held_out, 0)[0], settings.row_length)
+
+
+def test_curves_of_runs_are_read_and_plotted(tmp_path, tiny_target, data):
+    from matplotlib.image import imread
+
+    train(recipe(tiny_target, data, tmp_path / "a", steps=4))
+    ((label, curves),) = read_curves([tmp_path / "a"], ["first"])
+    assert label == "first"
+    assert dict(curves["ce_1"]).keys() == {1, 2, 3, 4}
+    history = json.loads((tmp_path / "a" / "final" / "trainer_state.json").read_text())["log_history"]
+    measured = [entry["eval_acceptance_length"] for entry in history if "eval_acceptance_length" in entry]
+    assert curves["eval_acceptance_length"] == [(2, measured[0]), (4, measured[-1])]
+
+    flat = {"eval_acceptance_length": [(2, 1.0), (4, 2.0)], "ce_1": [(1, 1.0), (4, 1.0)]}
+    steep = flat | {"ce_1": [(1, 3.0), (4, 1.0)]}
+    plot_curves([("flat", flat)], tmp_path / "new" / "flat.png")
+    plot_curves([("flat", flat), ("steep", steep)], tmp_path / "both.png")
+    one, both = imread(tmp_path / "new" / "flat.png"), imread(tmp_path / "both.png")
+    assert one.shape[:2] == both.shape[:2] == (540, 1320)
+    coloured = [(image[..., :3].max(-1) - image[..., :3].min(-1) > 0.2) for image in (one, both)]
+    assert all(half.any() for half in (coloured[0][:, :825], coloured[0][:, 825:]))
+    assert coloured[1][:, 825:].sum() > 1.5 * coloured[0][:, 825:].sum()
+    with pytest.raises(FigureError, match="2 labels for 1 runs"):
+        read_curves([tmp_path / "a"], ["x", "y"])
+    with pytest.raises(FigureError, match=r"trainer_state\.json: no state of a finished run"):
+        read_curves([tmp_path], [])
+
+
+def test_losses_and_speed_are_logged_to_tensorboard(tmp_path, tiny_target, data):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = recipe(tiny_target, data, tmp_path / "run", steps=4)
+    settings.extra = {"disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
+    train(settings)
+    # One file of the training, one of the measurement at the end.
+    (folder,) = {file.parent for file in (tmp_path / "run").rglob("events.out.tfevents.*")}
+    log = EventAccumulator(str(folder))
+    log.Reload()
+    logged = set(log.Tags()["scalars"])
+    assert {f"train/{loss}_{i}" for loss in ("ce", "feature") for i in range(1, 8)} <= logged
+    assert {f"eval/{metric}_{i}" for metric in ("accuracy", "accepted") for i in range(1, 8)} <= logged
+    assert {"train/loss", "eval/acceptance_length"} <= logged
+    for name in ("answer_tokens_per_s", "matmul_share"):
+        values = log.Scalars(f"train/{name}")
+        assert [value.step for value in values] == [1, 2, 3, 4]
+        assert all(value.value > 0 for value in values)
+    assert all(value.value < 1 for value in log.Scalars("train/matmul_share"))
+
+
+def test_operations_of_the_target_count_where_the_cache_has_no_features(tmp_path, tiny_target, data):
+    from transformers import AutoModelForCausalLM
+
+    from vllm_gumiho.training.model import FrozenTarget, TrainingModel
+    from vllm_gumiho.training.speed import training_flops
+
+    settings = recipe(tiny_target, data, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32)
+    rows = _train_rows(settings)
+    batch, other = ({name: value[None] for name, value in rows[i].items()} for i in (0, 1))
+    drafter = new_drafter(settings, model.config)
+    drafter.init_weights(1.0, 1.0)
+
+    def training_model(cache):
+        return TrainingModel(drafter, objective_of(settings), FrozenTarget(model, cache), torch.arange(4))
+
+    plain, cached = training_model(None), training_model(tmp_path / "features")
+    target, own = training_flops(plain, batch)
+    # 64 tokens: at least each weight's product, and three times what the drafter's own pass over the row takes.
+    assert target >= 2 * 64 * sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    assert own >= 3 * 2 * 64 * sum(p.numel() for p in drafter.layers.parameters() if p.ndim == 2)
+    assert training_flops(cached, batch) == training_flops(cached, batch) == (target, own)
+    assert [cached.target_is_cached(b) for b in (batch, other)] == [True, False]
+    assert not plain.target_is_cached(batch)
+
+
+def test_steps_on_cached_features_are_counted_without_the_target(monkeypatch, tmp_path, tiny_target, data):
+    counted = []
+    monkeypatch.setattr("vllm_gumiho.training.speed.SpeedMeter.add", lambda self, tokens, flops: counted.append(flops))
+    settings = recipe(tiny_target, data, tmp_path / "run", row_length=256, feature_cache=str(tmp_path / "features"))
+    epoch = math.ceil(len(_train_rows(settings)) / settings.rows)
+    settings.steps = settings.save_every = 2 * epoch
+    train(settings)
+    assert len(counted) == 2 * epoch >= 4
+    assert set(counted[epoch:]) == {min(counted)}
+    assert max(counted[:epoch]) > min(counted)
+
+
+def test_early_stopping_ends_a_run_that_no_longer_gains(tmp_path, tiny_target, data):
+    # At this learning rate nothing changes, so the second measurement is no better than the first.
+    train(recipe(tiny_target, data, tmp_path, steps=40, patience=1, learning_rate=1e-12))
+    assert max(loss_curve(tmp_path)) == 4
+
+
+def test_features_from_the_cache_are_the_targets(tmp_path, tiny_target, data):
+    from transformers import AutoModelForCausalLM
+
+    from vllm_gumiho.training.model import FrozenTarget
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32)
+    batch = {name: value[None] for name, value in _train_rows(recipe(tiny_target, data, tmp_path))[0].items()}
+    plain = FrozenTarget(model).features(batch)
+    cached = FrozenTarget(model, tmp_path / "features")
+    first, second = cached.features(batch), cached.features(batch)
+    torch.testing.assert_close(first, plain, rtol=2**-8, atol=1e-6)
+    assert torch.equal(first, second)
+    (file,) = (tmp_path / "features").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    assert torch.equal(cached.features(batch), first), "a file cut off is computed anew"
+
+
+@pytest.mark.engine
+def test_a_drafter_of_a_reduced_vocabulary_and_eagle_1_are_served(tmp_path, tiny_target, data):
+    train(recipe(tiny_target, data, tmp_path / "small", draft_vocab=48, steps=20, learning_rate=3e-3, save_every=20))
+    train(recipe(tiny_target, data, tmp_path / "eagle", recipe="eagle", steps=20, learning_rate=3e-3, save_every=20))
+    drafter = open_checkpoint(tmp_path / "small" / "final")
+    d2t = dict(drafter.tensors())[D2T]
+    allowed = (torch.arange(len(d2t)) + d2t).tolist()
+    assert drafter.sizes.draft_vocab_size == 48
+    assert allowed == sorted(set(allowed))
+    cases = {
+        "off": case(tiny_target),
+        "small": case(tiny_target, {"method": "gumiho", "model": str(tmp_path / "small" / "final")}),
+        "probabilistic": case(
+            tiny_target,
+            {"method": "gumiho", "model": str(tmp_path / "small" / "final"), "draft_sample_method": "probabilistic"},
+        ),
+        "eagle": case(
+            tiny_target,
+            {"method": "eagle", "model": str(tmp_path / "eagle" / "final"), "num_speculative_tokens": 4},
+        ),
+    }
+    results = run_engines(tmp_path, "v1", cases)
+    for name in ("small", "probabilistic", "eagle"):
+        assert results[name]["tokens"] == results["off"]["tokens"], name
+        assert results[name]["drafted"] > 0
+    assert set(results["small"]["draft_tokens"]) <= set(allowed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "best"}, "recipe 'best' is not known; choose one of paper, unrolled, eagle"),
+        ({"steps": 0}, "steps is 0; it must be above 0"),
+        ({"own_tokens": 2.0}, "own_tokens is 2.0; it must lie between 0 and 1"),
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"recipe": "eagle", "draft_vocab": 5}, "recipe 'eagle' has one phase"),
+        ({"further_steps": -1}, "further_steps is -1; it must not be below 0"),
+        ({"recipe": "paper", "further_steps": 1}, "further_steps is 1; recipe 'paper', phase 'all' takes none"),
+        ({"phase": "heads", "further_steps": 1}, "further_steps is 1; recipe 'unrolled', phase 'heads' takes none"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path, tiny_target, data, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        train(recipe(tiny_target, data, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_needs_a_checkpoint(tmp_path, tiny_target, data):
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(RecipeError, match="no checkpoint to resume from"):
+        train(recipe(tiny_target, data, tmp_path), resume=True)

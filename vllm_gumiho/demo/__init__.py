@@ -1,0 +1,1 @@
+"""A first run: chat with a real target without and with Gumiho."""

@@ -1,0 +1,68 @@
+"""Gumiho (ICML 2025, arXiv 2503.10135): two serial Transformer steps, then MLP heads that draft the rest at once.
+
+layout: its tensors.  model, heads: serving.  trainable: training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_gumiho.checkpoint.files import TensorInfo
+    from vllm_gumiho.drafters.gumiho.layout import GumihoSizes
+
+# Model runner V2 records its serial decode step together with the heads, for so many serial steps.
+V2_SERIAL_STEPS = 2
+
+
+class Gumiho:
+    """The entry of Gumiho in the registry; see `vllm_gumiho.drafters.protocol.Drafter`."""
+
+    name = "gumiho"
+    title = "Gumiho"
+    architecture = "EagleGumihoForCausalLM"
+    vllm_method = "eagle"
+    model = "vllm_gumiho.drafters.gumiho.model:GumihoForCausalLM"
+    trainable = "vllm_gumiho.drafters.gumiho.trainable:GumihoDrafter"
+    runners = {
+        "vllm.v1.spec_decode.eagle:EagleProposer": "vllm_gumiho.runners.v1:GumihoProposer",
+        "vllm.v1.worker.gpu.spec_decode.eagle.speculator:EagleSpeculator": "vllm_gumiho.runners.v2:GumihoSpeculator",
+    }
+    reads = "the target's last hidden state, after its final norm"
+    drafts = "a token a serial pass, then one from each head in one pass"
+    hub_prefix = "amd/gumiho-"
+    config_keys = ("num_serial_steps", "num_parallel_heads", "fc_bias")
+
+    def has_tensors(self, names: Collection[str]) -> bool:
+        """By ``fc`` and any stage of a head."""
+        from vllm_gumiho.drafters.gumiho.layout import STAGE
+
+        return "fc.weight" in names and any(STAGE.fullmatch(name) for name in names)
+
+    def read_sizes(self, where: Path, infos: dict[str, TensorInfo]) -> GumihoSizes:
+        """See `layout.read_sizes`."""
+        from vllm_gumiho.drafters.gumiho.layout import read_sizes
+
+        return read_sizes(where, infos)
+
+    def config_fields(self, sizes: GumihoSizes) -> dict[str, Any]:
+        """Serial steps, heads, and whether ``fc`` has a bias."""
+        return dict(zip(self.config_keys, (sizes.num_serial_steps, sizes.num_heads, sizes.fc_bias), strict=True))
+
+    def lacking_in_v2(self, vllm_config: Any) -> list[str]:
+        """LoRA adapters, and other numbers of serial steps than two.
+
+        V2 of vLLM 0.32 maps LoRA adapters to one row of logits a request, where verification has K + 1: an adapter of
+        the LM head would change the text.
+        """
+        serial = vllm_config.speculative_config.draft_model_config.hf_config.num_serial_steps
+        lacking = [
+            *(["LoRA adapters with Gumiho"] if vllm_config.lora_config is not None else ()),
+            *([f"Gumiho with {serial} serial steps"] if serial != V2_SERIAL_STEPS else ()),
+        ]
+        return [f"{feature} (V1 does: VLLM_USE_V2_MODEL_RUNNER=0)" for feature in lacking]
+
+
+GUMIHO = Gumiho()

@@ -1,0 +1,200 @@
+"""The Gumiho draft model as a vLLM model.
+
+Source: Gumiho (arXiv 2503.10135) section 3; tensor facts from the released checkpoints.  The embedding and the LM
+head are the target's: vLLM's EAGLE loading puts the target's modules in place after the weights are loaded.
+
+Annotations are real types here, not strings: vLLM's torch.compile support reads them.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from vllm import envs
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.llama_eagle import LlamaDecoderLayer, LlamaModel
+from vllm.model_executor.models.utils import AutoWeightsLoader, get_draft_quant_config, maybe_prefix
+
+from vllm_gumiho.checkpoint.tensors import D2T, target_ids
+from vllm_gumiho.drafters.gumiho.heads import ParallelHeads
+from vllm_gumiho.drafters.gumiho.layout import STAGE
+from vllm_gumiho.drafters.kernel_check import Choice, choose_kernels, kernel_switch
+from vllm_gumiho.drafters.lm_head import DraftHead, GreedyArgmax, LmHeadShard, argmax_problem, plain_head_problem
+from vllm_gumiho.env import BREAKABLE_GRAPHS
+
+
+class TargetOwned(nn.Module):
+    """Stands where a module of the target will be put; has the weight's shape and no memory."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.weight = torch.empty(*shape, device="meta")
+
+
+@support_torch_compile
+class GumihoModel(nn.Module):
+    """Embedding, ``fc`` and the serial decoder layers."""
+
+    hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", start_layer_id: int = 0):
+        super().__init__()
+        config = vllm_config.speculative_config.draft_model_config.hf_config
+        self.config = config
+        self.embed_tokens = TargetOwned(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            LlamaDecoderLayer(
+                vllm_config, i == 0, prefix=maybe_prefix(prefix, f"layers.{i + start_layer_id}"), config=config
+            )
+            for i in range(config.num_hidden_layers)
+        )
+        self.fc = ReplicatedLinear(
+            2 * config.hidden_size,
+            config.hidden_size,
+            bias=config.fc_bias,
+            params_dtype=vllm_config.model_config.dtype,
+            quant_config=get_draft_quant_config(vllm_config),
+            prefix=maybe_prefix(prefix, "fc"),
+            return_bias=False,
+        )
+
+    def fuse(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
+        """``o = fc(cat[E[x], h])``: ids ``[N]``, features ``[N, H]`` -> ``[N, H]``."""
+        # With LoRA the target's embedding comes wrapped: the adapters' rows of a target pass do not fit a draft's.
+        embed: nn.Module = getattr(self.embed_tokens, "base_layer", self.embed_tokens)
+        return self.fc(torch.cat((embed(input_ids), hidden_states), dim=-1))
+
+    def forward(self, input_ids: Tensor, positions: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Draft features h and fused inputs o, both ``[N, H]``."""
+        fused = self.fuse(input_ids, hidden_states)
+        hidden_states, residual = fused, None
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        return hidden_states + residual, fused
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
+
+class GumihoForCausalLM(LlamaForCausalLM):
+    """Draft model: serial Transformer, parallel heads, the target's embedding and LM head."""
+
+    has_own_embed_tokens = False
+    has_own_lm_head = False
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        nn.Module.__init__(self)
+        config = vllm_config.speculative_config.draft_model_config.hf_config
+        self.config = config
+        config.draft_vocab_size = config.vocab_size
+        self.model = GumihoModel(
+            vllm_config=vllm_config,
+            prefix=maybe_prefix(prefix, "model"),
+            start_layer_id=vllm_config.model_config.get_num_layers(vllm_config.parallel_config),
+        )
+        self.heads = ParallelHeads(
+            config.num_parallel_heads, config.num_serial_steps, config.hidden_size, vllm_config.model_config.dtype,
+            asked_for=vllm_config.speculative_config.num_speculative_tokens - config.num_serial_steps,
+        )  # fmt: skip
+        self.lm_head = TargetOwned(config.vocab_size, config.hidden_size)
+        self.logits_processor = LogitsProcessor(config.vocab_size, scale=getattr(config, "logit_scale", 1.0))
+        kernel_switch()  # a wrong value ends the start here
+        self.greedy_argmax: GreedyArgmax | None = None
+        self.draft_ids: Tensor | None = None
+        self.draft_head: DraftHead | None = None
+        self.greedy_drafts = vllm_config.speculative_config.draft_sample_method != "probabilistic"
+        self.max_batch = vllm_config.scheduler_config.max_num_seqs
+        # Breakable CUDA graphs replay this whole forward without its Python: only a buffer tells its o vectors then.
+        self.copies_fused = bool(getattr(envs, BREAKABLE_GRAPHS.name, False))
+        dtype = vllm_config.model_config.dtype
+        self._fused = torch.zeros(self.max_batch if self.copies_fused else 0, config.hidden_size, dtype=dtype)
+
+    @property
+    def num_serial_steps(self) -> int:
+        return self.config.num_serial_steps
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, hidden_states: Tensor, inputs_embeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """ids ``[N]``, positions ``[N]``, features ``[N, H]`` -> draft features ``[N, H]``, twice as EAGLE's do."""
+        if inputs_embeds is not None:
+            raise NotImplementedError("Gumiho drafts text only; inputs_embeds is not supported")
+        hidden_states, fused = self.model(input_ids, positions, hidden_states)
+        if self.copies_fused:
+            rows = min(fused.shape[0], self._fused.shape[0])
+            self._fused[:rows].copy_(fused[:rows])
+        else:
+            self._fused = fused
+        return hidden_states, hidden_states
+
+    def last_fused(self, rows: int) -> Tensor:
+        """The o vectors of the last pass's first rows, ``[rows, H]``; the next pass may overwrite them."""
+        return self._fused[:rows]
+
+    def head_features(self, fused: list[Tensor], count: int) -> Tensor:
+        """Features of the first ``count`` heads, request-major ``[B * count, H]``.
+
+        fused: the S vectors o_1..o_S, each ``[B, H]``.  The kernels read them where they lie and, where the
+        heads are whole, write the features in this order; the batched products copy both.
+        """
+        return self.heads(fused, count).transpose(0, 1).flatten(0, 1)
+
+    def finish_loading(self) -> Choice:
+        """Take the draft vocabulary's rows and choose the kernels, now that the target's LM head is in place."""
+        if self.draft_ids is not None:
+            self.draft_head = DraftHead(self.lm_head, self.draft_ids, self.config.gumiho_checkpoint)
+        scale, dtype = self.logits_processor.scale, self.heads.bias.dtype
+        refused = None if self.draft_head else plain_head_problem(self.lm_head)
+        tokens = None
+        if refused is None:
+            shard = self.draft_head.shard if self.draft_head else LmHeadShard.of(self.lm_head, self.config.vocab_size)
+            refused = argmax_problem(shard, scale, dtype)
+            tokens = None if refused else GreedyArgmax(shard)
+        choice = choose_kernels(
+            self.heads.weights, self.heads.counters, tokens, refused, self.greedy_drafts, self.max_batch,
+            self.config.num_parallel_heads,
+        )  # fmt: skip
+        self.heads.path = choice.heads
+        self.greedy_argmax = tokens if choice.argmax else None
+        return choice
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """``[N, H]`` -> ``[N, V]`` by the target's LM head, its bias included; -inf for tokens never drafted."""
+        if self.draft_head is not None:
+            return self.draft_head.logits(hidden_states, self.config.vocab_size) * self.logits_processor.scale
+        return self.logits_processor(self.lm_head, hidden_states, getattr(self.lm_head, "bias", None))
+
+    def greedy_tokens(self, hidden_states: Tensor) -> Tensor | None:
+        """Greedy draft tokens of ``[N, H]``, ``[N]`` int64; None where they are to be taken from `compute_logits`.
+
+        By the argmax kernel, which compares logits in float32 and writes none, or over the draft vocabulary alone.
+        """
+        if self.draft_head is None:
+            return None if self.greedy_argmax is None else self.greedy_argmax(hidden_states)
+        if self.greedy_argmax is not None:
+            return self.draft_head.ids[self.greedy_argmax(hidden_states)]
+        return self.draft_head.ids[self.draft_head.draft_logits(hidden_states).argmax(-1)]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load tensors under their checkpoint names; returns the names of the parameters filled."""
+        loaded: set[str] = set()
+
+        def serial_part() -> Iterable[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                if match := STAGE.fullmatch(name):
+                    place = self.heads.destination(int(match[1]), int(match[2]), match[3])
+                    if place is not None:
+                        place.copy_(tensor)
+                    loaded.add(name)
+                elif name == D2T:
+                    self.draft_ids = target_ids(tensor, self.config.vocab_size, self.config.gumiho_checkpoint)
+                    loaded.add(name)
+                else:
+                    yield name, tensor
+
+        loaded |= {f"model.{name}" for name in self.model.load_weights(serial_part())}
+        return loaded

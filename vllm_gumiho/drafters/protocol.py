@@ -1,0 +1,119 @@
+"""What a drafter is: its tensors, vLLM model and trainable twin, what it reads, and what it drafts in which passes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from vllm_gumiho.checkpoint.files import TensorInfo
+
+
+class Sizes(Protocol):
+    """What a checkpoint's tensors say.  Rows of q and k projections are head counts times the head dimension.
+
+    draft_vocab_size: of drafters over a part of the target's vocabulary, else None.
+    """
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def query_size(self) -> int: ...
+    @property
+    def key_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def vocab_size(self) -> int | None: ...
+    @property
+    def draft_vocab_size(self) -> int | None: ...
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """K of a full draft."""
+        ...
+
+    def passes(self) -> str:
+        """What drafts its K tokens, in words."""
+        ...
+
+
+class Drafter(Protocol):
+    """One architecture that is trained here and served by an unmodified vLLM.
+
+    Places in vLLM and in this package are ``"module:name"``, so that knowing a drafter imports nothing heavy.
+    """
+
+    @property
+    def name(self) -> str:
+        """The method that a user writes; also the type of speculators checkpoints."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """Its name in messages."""
+        ...
+
+    @property
+    def architecture(self) -> str:
+        """Of the draft model in an engine's config: what tells this drafter from others further down."""
+        ...
+
+    @property
+    def vllm_method(self) -> str:
+        """The method of vLLM's own that it is served as: ``eagle``, or ``eagle3`` for features of several layers."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """Its vLLM model."""
+        ...
+
+    @property
+    def trainable(self) -> str:
+        """Its trainable twin, a torch module with the same tensors."""
+        ...
+
+    @property
+    def runners(self) -> Mapping[str, str]:
+        """vLLM's classes that draft, one a model runner, to the subclasses that draft with it."""
+        ...
+
+    @property
+    def reads(self) -> str:
+        """Which of the target's features it reads, in words."""
+        ...
+
+    @property
+    def drafts(self) -> str:
+        """What it drafts in which passes, in words."""
+        ...
+
+    @property
+    def hub_prefix(self) -> str:
+        """Names of published checkpoints begin with it, in lower case."""
+        ...
+
+    def has_tensors(self, names: Collection[str]) -> bool:
+        """Whether these are the tensor names of such a drafter, whole or not."""
+        ...
+
+    def read_sizes(self, where: Path, infos: dict[str, TensorInfo]) -> Sizes:
+        """Sizes, after checking that the tensors are exactly those of one drafter.  Raises: CheckpointError."""
+        ...
+
+    @property
+    def config_keys(self) -> tuple[str, ...]:
+        """What config.json says of it beside what every drafter's says; the vLLM model reads these."""
+        ...
+
+    def config_fields(self, sizes: Any) -> dict[str, Any]:
+        """Values of ``config_keys``."""
+        ...
+
+    def lacking_in_v2(self, vllm_config: Any) -> list[str]:
+        """What this engine asks for that the drafter cannot have in model runner V2, with the remedy."""
+        ...

@@ -1,0 +1,82 @@
+"""A process that works on request: ``python -m vllm_gumiho.engines.worker``, the other end of `process.Worker`.
+
+JSON lines on standard input: first the job, then requests ``{"do": name, ...}``.  A JSON line on standard output for
+each: ``{"result": ...}``, for the job the facts of what was started, or ``{"error": reason}``.  Whatever else writes to
+standard output goes to standard error.
+
+A job names a module of ``tasks``: its `TASKS` take what was started and the rest of a request.  A module may have a
+``start(job)`` of its own; else `start_engine` starts a `vllm.LLM`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+
+def start_engine(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """An engine for ``job["llm"]``, the arguments of `vllm.LLM`, and the facts of it."""
+    from vllm import LLM
+
+    llm = LLM(**job["llm"])
+    return llm, engine_facts(llm)
+
+
+def engine_facts(llm: Any) -> dict[str, Any]:
+    """vLLM's version, device, model runner, dtype, and what drafts how many tokens."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    config = llm.llm_engine.vllm_config
+    speculative = config.speculative_config
+    draft = getattr(getattr(speculative, "draft_model_config", None), "hf_config", None)
+    return {
+        "vllm": vllm.__version__,
+        "device": current_platform.get_device_name(),
+        "model_runner": "V2" if config.use_v2_model_runner else "V1",
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "draft_architecture": next(iter(getattr(draft, "architectures", None) or ()), None),
+        "draft_length": speculative.num_speculative_tokens if speculative else 0,
+    }
+
+
+def main() -> None:
+    """Work until the input ends; exit code 1 where nothing could be started."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(**line: Any) -> None:
+        print(json.dumps(line), file=answers, flush=True)
+
+    def failed(error: BaseException) -> None:
+        traceback.print_exc()
+        say(error=f"{type(error).__name__}: {error}")
+
+    try:
+        job = json.loads(sys.stdin.readline())
+        if job.get("interpreter"):
+            from vllm_gumiho.engines.interpreter import prepare
+
+            prepare()
+        tasks = importlib.import_module(job["tasks"])
+        started, facts = getattr(tasks, "start", start_engine)(job)
+    except (Exception, SystemExit) as error:
+        failed(error)
+        raise SystemExit(1) from None
+    say(result=facts)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            say(result=tasks.TASKS[request.pop("do")](started, **request))
+        except (Exception, SystemExit) as error:
+            failed(error)
+    if hasattr(started, "llm_engine"):
+        started.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main()

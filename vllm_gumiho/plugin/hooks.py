@@ -1,0 +1,158 @@
+"""The one table of vLLM internals that this package touches, with what must hold for each.
+
+`check` compares it with the source of a vLLM, installed or in a wheel, without importing it.  A test derives the names
+that the package imports from vLLM and holds the table to them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_gumiho.plugin.vllm_source import Source
+
+WORKING_VERSIONS = "0.32 and 0.33"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A name in vLLM and what must hold for it.
+
+    use: ``patched`` (replaced or wrapped), ``registered`` (a public registry is given an entry), ``inherited``
+    (subclassed or overridden) or ``called``.  needs: parameters a function must have; of a class its bases, names of
+    its body, or attributes its ``__init__`` sets.
+    """
+
+    module: str
+    name: str
+    use: str
+    why: str
+    needs: tuple[str, ...] = ()
+
+
+_V1, _V2 = "vllm.v1.spec_decode", "vllm.v1.worker.gpu.spec_decode"
+_LAYERS, _MODELS = "vllm.model_executor.layers", "vllm.model_executor.models"
+_DECODE = ("num_reqs", "num_speculative_steps")
+_DRAFT = ("num_reqs", "num_tokens_padded", "attn_metadata", "slot_mappings", "num_tokens_across_dp")
+_PROPOSER = f"{_V1}.llm_base_proposer", "SpecDecodeBaseProposer"
+_SPECULATOR = f"{_V2}.target_dependent_ar.speculator", "TargetDependentARSpeculator"
+
+SERVING: tuple[Hook, ...] = (
+    Hook("vllm.engine.arg_utils", "EngineArgs.create_speculative_config", "patched",
+         "a request for one of our drafters becomes vLLM's config", ("target_model_config", "target_parallel_config")),
+    Hook("vllm.engine.arg_utils", "EngineArgs.add_cli_args", "patched", "offers --speculative-model", ("parser",)),
+    Hook("vllm.engine.arg_utils", "EngineArgs", "patched", "takes speculative_model=",
+         ("speculative_config", "spec_method", "spec_model", "spec_tokens", "load_format")),
+    Hook("vllm.engine.arg_utils", "AsyncEngineArgs", "patched", "takes speculative_model="),
+    Hook("vllm.config.vllm", "VllmConfig._get_v2_model_runner_unsupported_features", "patched",
+         "model runner V1 is the default where V2 would not draft right"),
+    Hook(f"{_V1}.eagle", "EagleProposer", "patched", "model runner V1 makes a GumihoProposer for a Gumiho draft",
+         ("SpecDecodeBaseProposer",)),
+    Hook(f"{_V2}.eagle.speculator", "EagleSpeculator", "patched",
+         "model runner V2 makes a GumihoSpeculator for a Gumiho draft", ("TargetDependentARSpeculator",)),
+    Hook("vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens", "patched",
+         "CPU build only, and only while Gumiho drafts: temperatures reach the drafts' tokens",
+         ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to")),
+    Hook("vllm.v1.sample.rejection_sampler", "apply_sampling_constraints", "patched",
+         "CPU build only, and only while Gumiho drafts: top_k in a step without drafts", ("logits",)),
+    Hook(f"{_MODELS}.registry", "_ModelRegistry.register_model", "registered", "the draft model",
+         ("model_arch", "model_cls")),
+    Hook("vllm.transformers_utils.configs.speculators.algos", "register_speculator", "registered",
+         "config.json of the speculators format", ("name",)),
+    Hook("vllm.model_executor.model_loader", "register_model_loader", "registered", "strict reading of checkpoints",
+         ("load_format",)),
+    Hook(_PROPOSER[0], f"{_PROPOSER[1]}.propose", "inherited", "serial steps, runner V1",
+         ("num_speculative_tokens", "sampling_metadata")),
+    Hook(_PROPOSER[0], f"{_PROPOSER[1]}._sample_draft_tokens", "inherited", "what each serial step drafted from",
+         ("hidden_states", "sampling_metadata")),
+    Hook(_PROPOSER[0], f"{_PROPOSER[1]}.dummy_run", "inherited", "runs the serial steps only"),
+    Hook(_PROPOSER[0], f"{_PROPOSER[1]}._greedy_sample", "inherited", "the argmax kernel", ("hidden_states",)),
+    Hook(_PROPOSER[0], f"{_PROPOSER[1]}.load_model", "inherited", "the line in the log", ("target_model",)),
+    Hook(f"{_V2}.speculator", "DraftModelSpeculator.load_model", "inherited", "the line in the log",
+         ("target_model",)),
+    Hook(_PROPOSER[0], f"{_PROPOSER[1]}.take_last_draft_probs", "inherited", "draft distribution of the heads"),
+    Hook(_SPECULATOR[0], f"{_SPECULATOR[1]}._run_model", "inherited", "features of the last serial step"),
+    Hook(_SPECULATOR[0], f"{_SPECULATOR[1]}._multi_step_decode", "inherited", "stops after the second serial token",
+         _DECODE),
+    Hook(_SPECULATOR[0], f"{_SPECULATOR[1]}._generate_fused_drafts", "inherited",
+         "serial step and heads in one CUDA graph", (*_DRAFT, *_DECODE)),
+    Hook(_SPECULATOR[0], f"{_SPECULATOR[1]}._generate_draft", "inherited",
+         "serial step and heads in one CUDA graph", (*_DRAFT, *_DECODE)),
+    Hook(f"{_V2}.speculator", "DraftModelSpeculator.sample_draft", "inherited", "tokens of the heads",
+         ("hidden_states", "sample_src_positions", "idx_mapping", "temperature", "seeds", "draft_step",
+          "draft_logits")),
+    Hook(f"{_MODELS}.llama_eagle", "LlamaDecoderLayer", "inherited", "draft layers"),
+    Hook(f"{_MODELS}.llama_eagle", "LlamaModel", "called", "names of stacked projections", ("hf_to_vllm_mapper",)),
+    Hook(f"{_MODELS}.llama", "LlamaForCausalLM.compute_logits", "inherited", "the target's LM head",
+         ("hidden_states",)),
+    Hook(f"{_MODELS}.utils", "AutoWeightsLoader.load_weights", "called", "fills fc and layers", ("weights", "mapper")),
+    Hook(f"{_MODELS}.utils", "get_draft_quant_config", "called", "a quantised target keeps the draft plain",
+         ("vllm_config",)),
+    Hook(f"{_MODELS}.utils", "maybe_prefix", "called", "names of the draft's layers", ("prefix", "name")),
+    Hook("vllm.compilation.decorators", "support_torch_compile", "called", "compiles the serial pass"),
+    Hook(f"{_LAYERS}.linear", "ReplicatedLinear", "called", "fc"),
+    Hook(f"{_LAYERS}.linear", "UnquantizedLinearMethod", "called", "an LM head that the argmax kernel may read"),
+    Hook(f"{_LAYERS}.logits_processor", "LogitsProcessor", "called", "the target's logits"),
+    Hook(f"{_LAYERS}.vocab_parallel_embedding", "VocabParallelEmbeddingShardIndices", "called",
+         "tokens of an LM head's shard, for the argmax kernel", ("org_vocab_start_index", "org_vocab_end_index")),
+    Hook(f"{_LAYERS}.vocab_parallel_embedding", "UnquantizedEmbeddingMethod.apply", "called",
+         "checks the argmax kernel", ("layer", "x", "bias")),
+    Hook("vllm.distributed.communication_op", "tensor_model_parallel_all_gather", "called",
+         "best tokens of all shards of an LM head; features of shared heads", ("input_", "dim")),
+    Hook("vllm.distributed.communication_op", "tensor_model_parallel_all_reduce", "called",
+         "gathers the LM head's rows of a draft vocabulary", ("input_",)),
+    Hook("vllm.distributed.parallel_state", "get_tp_group", "called", "the ranks that share heads and kernel choice"),
+    Hook("vllm.model_executor.model_loader.base_loader", "BaseModelLoader.load_weights", "inherited",
+         "strict reading of checkpoints", ("model", "model_config")),
+    Hook("vllm.config.load", "LoadConfig", "called", "names our loader for the draft", ("load_format",)),
+    Hook("vllm.config.compilation", "CUDAGraphMode", "called", "types of runner V2's functions"),
+    Hook("vllm.config.vllm", "VllmConfig", "called", "the engine's config", ("speculative_config", "lora_config")),
+    Hook("vllm.config.model", "ModelConfig", "called", "the target's config", ("model", "dtype", "hf_text_config")),
+    Hook("vllm.config.parallel", "ParallelConfig", "called", "parallel sizes",
+         ("pipeline_parallel_size", "data_parallel_size")),
+    Hook("vllm.v1.worker.gpu.cudagraph_utils", "BatchExecutionDescriptor", "called", "types of runner V2's functions"),
+    Hook("vllm.v1.sample.metadata", "SamplingMetadata", "called", "types of runner V1's functions"),
+    Hook("vllm.v1.spec_decode.dynamic.utils", "validate_and_normalize_dynamic_sd_schedule", "called",
+         "vLLM's own rules for schedules of K"),
+    Hook("vllm.logger", "init_logger", "called", "vLLM's log"),
+    Hook("vllm.envs", "__getattr__", "called", "vLLM's cache folder; breakable CUDA graphs", ("name",)),
+    Hook("vllm.platforms", "__getattr__", "called", "current_platform", ("name",)),
+)  # fmt: skip
+
+# What only the tools need: without one of these a tool fails in one line, and serving goes on.
+MEASURING: tuple[Hook, ...] = (
+    Hook("vllm.v1.core.sched.scheduler", "Scheduler", "called", "tune: another K from step to step",
+         ("dynamic_sd_lookup",)),
+    Hook("vllm.utils.ompmultiprocessing", "OMPProcessManager.configure_omp_envs", "called",
+         "tune: a server's threads for an engine in one process"),
+    Hook("vllm.utils.torch_utils", "set_random_seed", "called", "eval: a set's draws", ("seed",)),
+    Hook("vllm.utils.argparse_utils", "FlexibleArgumentParser", "called", "bench: arguments of vLLM's commands"),
+    Hook("vllm.benchmarks.serve", "add_cli_args", "called", "bench: arguments of vllm bench serve", ("parser",)),
+    Hook("vllm.benchmarks.serve", "main", "called", "bench: vLLM's own client"),
+    Hook("vllm.benchmarks.datasets.datasets", "get_samples", "called", "bench: the client's own requests"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A hook and what is wrong with it in some vLLM, None where it holds."""
+
+    hook: Hook
+    problem: str | None
+
+
+def check(source: Source, hooks: tuple[Hook, ...] = SERVING) -> list[Finding]:
+    """Each hook with what is wrong with it in that vLLM source."""
+    return [Finding(hook, source.problem(hook.module, hook.name, hook.needs)) for hook in hooks]
+
+
+def mismatch_message(findings: list[Finding], version: str | None) -> str | None:
+    """The one message that refuses Gumiho, None where all hooks hold.  version: of vLLM, None where there is none."""
+    broken = [f"{f.hook.module}.{f.hook.name}: {f.problem}" for f in findings if f.problem]
+    if not broken:
+        return None
+    if version is None:
+        return f"vLLM is not installed.  Gumiho is a plugin for vLLM {WORKING_VERSIONS}: pip install 'vllm-gumiho[gpu]'"
+    return (
+        f"Gumiho cannot run on vLLM {version}: {'; '.join(broken)}.  It works with vLLM {WORKING_VERSIONS}; "
+        "install one of these, or a newer vllm-gumiho.  vLLM without Gumiho is not affected."
+    )

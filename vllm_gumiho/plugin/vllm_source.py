@@ -1,0 +1,97 @@
+"""What vLLM's Python source says, read without importing it: of the installed package, or inside a wheel."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Source:
+    """The Python source of vLLM: an installed package or a wheel."""
+
+    def __init__(self, read: Callable[[str], str | None]):
+        self._read = read
+        self._trees: dict[str, ast.Module | None] = {}
+
+    @staticmethod
+    def installed(package: str = "vllm") -> Source:
+        """Source of the package as it would be imported.  An absent package has no files."""
+        spec = importlib.util.find_spec(package)
+        root = Path(spec.origin).parent.parent if spec and spec.origin else None
+
+        def read(path: str) -> str | None:
+            file = root / path if root else None
+            return file.read_text(encoding="utf-8") if file and file.is_file() else None
+
+        return Source(read)
+
+    @staticmethod
+    def wheel(file: str | Path) -> Source:
+        """Source inside a wheel file."""
+        archive = zipfile.ZipFile(file)
+        names = set(archive.namelist())
+        return Source(lambda path: archive.read(path).decode() if path in names else None)
+
+    def tree(self, module: str) -> ast.Module | None:
+        if module not in self._trees:
+            path = module.replace(".", "/")
+            text = self._read(f"{path}.py")
+            if text is None:
+                text = self._read(f"{path}/__init__.py")
+            try:
+                self._trees[module] = None if text is None else ast.parse(text)
+            except (SyntaxError, ValueError):
+                self._trees[module] = ast.Module([], [])
+        return self._trees[module]
+
+    def problem(self, module: str, name: str, needs: Sequence[str]) -> str | None:
+        """What is wrong with ``module.name``: it is gone, or lacks something it needs.  None if nothing is.
+
+        needs: of a function its parameters, of a class its bases, names assigned in its body, or attributes that its
+        ``__init__`` sets.
+        """
+        node: Any = self.tree(module)
+        if node is None:
+            return "the module is gone"
+        for part in name.split("."):
+            node = next((n for n in _definitions(node) if n.name == part), None)
+            if node is None:
+                return "it is gone"
+        lacking = [need for need in needs if need not in _names_of(node)]
+        return f"it has no {', '.join(lacking)}" if lacking else None
+
+
+def _definitions(node: ast.AST) -> list[Any]:
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [n for n in getattr(node, "body", []) if isinstance(n, kinds)]
+
+
+def _names_of(node: ast.AST) -> set[str]:
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        a = node.args
+        return {arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs)}
+    assert isinstance(node, ast.ClassDef)
+    names = {ast.unparse(base).rsplit(".", 1)[-1] for base in node.bases}
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign):
+            names.add(ast.unparse(statement.target))
+        elif isinstance(statement, ast.Assign):
+            names |= {ast.unparse(target) for target in statement.targets}
+        elif isinstance(statement, ast.FunctionDef):
+            names.add(statement.name)
+            names |= _attributes_set(statement) if statement.name == "__init__" else set()
+    return names
+
+
+def _attributes_set(function: ast.FunctionDef) -> set[str]:
+    """Attributes of ``self`` that a method assigns."""
+    targets: list[ast.expr] = []
+    for node in ast.walk(function):
+        targets += node.targets if isinstance(node, ast.Assign) else []
+        targets += [node.target] if isinstance(node, ast.AnnAssign) else []
+    found = (target for target in targets if isinstance(target, ast.Attribute))
+    return {target.attr for target in found if isinstance(target.value, ast.Name) and target.value.id == "self"}

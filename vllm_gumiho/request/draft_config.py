@@ -1,0 +1,92 @@
+"""config.json of a draft: what vLLM's own config reads, made from a checkpoint's tensors and the target's config."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_gumiho.drafters.checkpoints import Checkpoint
+from vllm_gumiho.drafters.speculators_config import speculators_config
+from vllm_gumiho.env import CACHE_ROOT, cache_folder
+from vllm_gumiho.errors import CheckpointError
+from vllm_gumiho.files import digest_of, write_json
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+
+def derive_draft_config(checkpoint: Checkpoint, target: ModelConfig) -> dict[str, Any]:
+    """config.json content for the draft: sizes from the tensors, the rest from the checkpoint, else the target.
+
+    Raises: CheckpointError when hidden size, vocabulary or head dimension do not fit the target.
+    """
+    sizes, text = checkpoint.sizes, target.hf_text_config
+    if sizes.hidden_size != target.get_hidden_size():
+        raise CheckpointError(
+            f"{checkpoint.path}: hidden size {sizes.hidden_size} does not fit target {target.model}, which has "
+            f"{target.get_hidden_size()}; use a checkpoint trained for this target"
+        )
+    layer = dict(checkpoint.layer_config)
+    vocab = sizes.vocab_size or layer.get("vocab_size")
+    if vocab is not None and vocab != target.get_vocab_size():
+        raise CheckpointError(
+            f"{checkpoint.path}: vocabulary of {vocab} tokens does not fit target {target.model}, which has "
+            f"{target.get_vocab_size()}; use a checkpoint trained for this target"
+        )
+    if not layer.get("num_attention_heads"):
+        head_dim = target.get_head_size()
+        if sizes.query_size % head_dim or sizes.key_size % head_dim:
+            raise CheckpointError(
+                f"{checkpoint.path}: q_proj and k_proj have {sizes.query_size} and {sizes.key_size} rows, not "
+                f"multiples of the head dimension {head_dim} of target {target.model}, and there is no config.json "
+                "with num_attention_heads; add one"
+            )
+        layer |= {
+            "num_attention_heads": sizes.query_size // head_dim,
+            "num_key_value_heads": sizes.key_size // head_dim,
+        }
+    rope = getattr(text, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
+    layer.setdefault("hidden_act", "silu")
+    layer.setdefault("rms_norm_eps", getattr(text, "rms_norm_eps", 1e-6))
+    layer.setdefault("max_position_embeddings", getattr(text, "max_position_embeddings", 2048))
+    if layer.get("rope_parameters") in (None, {}) and "rope_theta" not in layer:
+        layer["rope_parameters"] = {k: rope[k] for k in rope}
+    own = layer.get("rope_parameters")
+    if isinstance(own, dict) and own.get("rope_theta") is None and "rope_theta" in rope and "rope_theta" not in layer:
+        layer["rope_parameters"] = {**own, "rope_theta": rope["rope_theta"]}
+    layer["vocab_size"] = target.get_vocab_size()
+    try:
+        config = speculators_config(checkpoint.drafter, sizes, target.model, layer)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}; correct its config.json or fetch it again") from error
+    # Model runner V1 checks drafts of stale tokens for a whole batch once a request is longer than this.
+    final = config["transformer_layer_config"]
+    final["max_position_embeddings"] = max(final["max_position_embeddings"], target.max_model_len)
+    config["gumiho_checkpoint"] = str(checkpoint.path.resolve())
+    return config
+
+
+def publish(config: dict[str, Any]) -> Path:
+    """Folder with this config.json, named by its content, in vLLM's cache, or a temporary one if that is read-only.
+
+    Raises: CheckpointError where neither can be written.
+    """
+    reason: OSError | None = None
+    for make in (cache_folder, lambda: Path(tempfile.gettempdir()) / f"vllm-gumiho-{os.getuid()}"):
+        try:
+            base = make()
+            folder = base / digest_of(config)
+            base.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if base.stat().st_uid != os.getuid():
+                raise PermissionError(f"{base} belongs to another user")
+            folder.mkdir(exist_ok=True)
+            write_json(folder / "config.json", config)
+        except OSError as error:
+            reason = error
+            continue
+        return folder
+    raise CheckpointError(
+        f"no place for the draft's config.json ({reason}); set {CACHE_ROOT.name} to a writable folder"
+    )

@@ -1,0 +1,144 @@
+"""From what a user writes to what vLLM understands: one `Request`, made once and passed on.
+
+A request for one of our drafters becomes ``{"method": <vLLM's own>, "model": <folder>, ...}`` where the folder holds
+only a config.json, made here from the checkpoint's tensors and the target's config.  The draft architecture in it is
+what tells our drafters from vLLM's further down; weights are read from the checkpoint itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_gumiho.drafters import DRAFTERS, Drafter
+from vllm_gumiho.drafters.checkpoints import LOAD_FORMAT, Checkpoint, drafter_in, open_checkpoint
+from vllm_gumiho.errors import CheckpointError
+from vllm_gumiho.request.catalogue import find_checkpoint, local_path
+from vllm_gumiho.request.draft_config import derive_draft_config, publish
+from vllm_gumiho.request.lengths import AUTO, SCHEDULE, TOKENS, check_schedule, draft_length
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, ParallelConfig
+
+DUMMY = "dummy"
+logger = logging.getLogger("vllm.vllm_gumiho")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A speculative config that means one of our drafters, its checkpoint opened, fitted to the target and verified.
+
+    spec: as the user wrote it, keys with underscores.  where: the checkpoint as named, or as found for the target.
+    load_format: of the target; ``dummy`` gives the draft dummy weights too.
+    """
+
+    spec: dict[str, Any]
+    drafter: Drafter
+    where: str
+    checkpoint: Checkpoint
+    draft_config: dict[str, Any]
+    load_format: str
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the draft length is to be chosen by measurement."""
+        return self.spec.get(TOKENS) == AUTO
+
+    @property
+    def most(self) -> int:
+        """The largest K that the checkpoint drafts."""
+        return self.checkpoint.sizes.max_draft_tokens
+
+    def with_lengths(self, tokens: int, schedule: list[list[int]] | None = None) -> Request:
+        """The same request with a draft length in place of "auto"."""
+        lengths = {TOKENS: tokens} | ({} if schedule is None else {SCHEDULE: schedule})
+        return replace(self, spec={**self.spec, **lengths})
+
+    def for_vllm(self) -> dict[str, Any]:
+        """vLLM's speculative config.  Raises: CheckpointError where the draft's config.json can be put nowhere."""
+        tokens = draft_length(self.spec.get(TOKENS), self.checkpoint)
+        spec = {key: value for key, value in self.spec.items() if key != "revision"}
+        spec |= {"method": self.drafter.vllm_method, "model": str(publish(self.draft_config)), TOKENS: tokens}
+        if self.load_format != DUMMY:
+            from vllm.config import LoadConfig
+
+            spec["draft_load_config"] = LoadConfig(load_format=LOAD_FORMAT)
+        logger.info(
+            "%s: checkpoint %s (%s), %s; drafting %d tokens a step",
+            self.drafter.title,
+            self.where,
+            self.checkpoint.layout,
+            self.checkpoint.sizes.passes(),
+            tokens,
+        )
+        return spec
+
+
+def asks_for_ours(spec: dict[str, Any]) -> bool:
+    """Whether a speculative config, as the user wrote it, means one of our drafters."""
+    method, model = spec.get("method"), spec.get("model")
+    if any(name in DRAFTERS for name in (method, model) if isinstance(name, str)):
+        return True
+    vllms = {drafter.vllm_method for drafter in DRAFTERS.values()}
+    if not (method is None or method in vllms) or not isinstance(model, str):
+        return False
+    published = any(model.lower().startswith(drafter.hub_prefix) for drafter in DRAFTERS.values())
+    return published or drafter_in(model) is not None
+
+
+def resolve(
+    spec: dict[str, Any], target: ModelConfig, parallel: ParallelConfig | None = None, load_format: str = "auto"
+) -> Request:
+    """Everything that a request means, known before an engine starts.
+
+    spec: the user's dict, for which `asks_for_ours` holds; it is not changed.  parallel: None where no engine is to be
+    started with it.  load_format: of the target's weights.
+
+    Raises: CheckpointError naming what is wrong with the checkpoint, the target or the values.
+    """
+    where, path = _locate(spec, target)
+    checkpoint = open_checkpoint(path)
+    _check_features(spec, parallel)
+    _check_lengths(spec, checkpoint)
+    draft_config = derive_draft_config(checkpoint, target)
+    if spec.get("draft_load_config") is not None:
+        raise CheckpointError("draft_load_config is not for Gumiho, which reads its checkpoints itself; leave it out")
+    if load_format != DUMMY:
+        checkpoint.verify(target.get_vocab_size())
+    return Request(dict(spec), checkpoint.drafter, where, checkpoint, draft_config, load_format)
+
+
+def _locate(spec: dict[str, Any], target: ModelConfig) -> tuple[str, Path]:
+    """The checkpoint a speculative config means, as named or as found for the target, and its local path."""
+    method, model = spec.get("method"), spec.get("model")
+    names = [*DRAFTERS, *(drafter.vllm_method for drafter in DRAFTERS.values())]
+    if method is not None and method not in names:
+        raise CheckpointError(f"model {model!r} goes with method {model!r}, not {method!r}; leave out the method")
+    if model is not None and not isinstance(model, str):
+        raise CheckpointError(f"speculative model {model!r} is not a path or a hub name")
+    where = find_checkpoint(target.model) if model is None or model in DRAFTERS else model
+    return where, local_path(where, spec.get("revision"))
+
+
+def _check_lengths(spec: dict[str, Any], checkpoint: Checkpoint) -> None:
+    if spec.get(TOKENS) != AUTO:
+        check_schedule(spec.get(SCHEDULE), draft_length(spec.get(TOKENS), checkpoint))
+    elif spec.get(SCHEDULE) is not None:
+        raise CheckpointError(
+            f'{TOKENS} "{AUTO}" and {SCHEDULE} say the same twice; leave one of them out, or give a number with the '
+            "schedule"
+        )
+
+
+def _check_features(spec: dict[str, Any], parallel: ParallelConfig | None) -> None:
+    if parallel is not None and parallel.pipeline_parallel_size > 1:
+        raise CheckpointError(
+            f"Gumiho shares the target's embedding and LM head, which pipeline parallelism puts on different workers; "
+            f"use pipeline_parallel_size=1 (not {parallel.pipeline_parallel_size}) and tensor parallelism instead"
+        )
+    if spec.get("parallel_drafting"):
+        raise CheckpointError(
+            "parallel_drafting is not for Gumiho, whose heads already draft in parallel; leave it out"
+        )

@@ -1,0 +1,79 @@
+"""Gumiho drafting in vLLM's model runner V1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.eagle import EagleProposer
+
+from vllm_gumiho.runners import finish_loading
+
+
+class GumihoProposer(EagleProposer):
+    """Serial steps through `EagleProposer.propose`, then every head asked for in one batched computation.
+
+    The base class samples once per serial step; `_sample_draft_tokens` keeps what each step drafted from, which is
+    what the heads are fed.
+    """
+
+    num_speculative_tokens: int
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.num_serial_steps: int = self.draft_model_config.hf_config.num_serial_steps
+        self._hidden: list[Tensor] = []
+        self._tokens: list[Tensor] = []
+        self._fused: list[Tensor] = []
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the drafter beside its target; says once what drafts and how."""
+        super().load_model(target_model)
+        finish_loading(self.model, self.num_speculative_tokens, "V1")
+
+    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
+        """As many forward passes as a real draft makes: the serial steps."""
+        length: int = self.num_speculative_tokens
+        self.num_speculative_tokens = min(length, self.num_serial_steps)
+        try:
+            super().dummy_run(*args, **kwargs)
+        finally:
+            self.num_speculative_tokens = length
+
+    def _greedy_sample(self, hidden_states: Tensor) -> Tensor:
+        tokens = self.model.greedy_tokens(hidden_states)
+        return super()._greedy_sample(hidden_states) if tokens is None else tokens
+
+    def _sample_draft_tokens(
+        self, hidden_states: Tensor, sampling_metadata: SamplingMetadata
+    ) -> tuple[Tensor, Tensor | None]:
+        tokens, probs = super()._sample_draft_tokens(hidden_states, sampling_metadata)
+        if self._hidden:
+            # The pass that made these features fused (y, h) of the step before: o of that step.
+            fused = self.model.last_fused(hidden_states.shape[0])
+            last_pass = len(self._hidden) == self.num_serial_steps - 1
+            self._fused.append(fused if last_pass else fused.clone())
+        self._hidden.append(hidden_states)
+        self._tokens.append(tokens)
+        return tokens, probs
+
+    @torch.inference_mode()
+    def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Draft token ids ``[B, K]``, int64, for K = num_speculative_tokens; arguments as in the base class."""
+        self._hidden, self._tokens, self._fused = [], [], []
+        drafted = super().propose(min(num_speculative_tokens, self.num_serial_steps), *args, **kwargs)
+        self.num_speculative_tokens = num_speculative_tokens
+        num_heads = num_speculative_tokens - self.num_serial_steps
+        if num_heads <= 0:
+            return drafted
+
+        self._fused.append(self.model.model.fuse(self._tokens[-1].int(), self._hidden[-1]))
+        features = self.model.head_features(self._fused, num_heads)
+        metadata = kwargs["sampling_metadata"]
+        tokens, probs = super()._sample_draft_tokens(features, metadata)
+        if probs is not None:
+            head_probs = probs.view(-1, num_heads, probs.shape[-1])
+            self._last_draft_probs: Tensor | None = torch.cat((self.take_last_draft_probs(), head_probs), dim=1)
+        return torch.cat((drafted, tokens.view(-1, num_heads)), dim=1)

@@ -1,0 +1,117 @@
+"""Gumiho drafting in vLLM's model runner V2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+
+from vllm_gumiho.drafters.gumiho import V2_SERIAL_STEPS as SERIAL_STEPS
+from vllm_gumiho.runners import finish_loading
+
+
+class GumihoSpeculator(EagleSpeculator):
+    """Serial steps through the base class; the heads follow the second one inside the same (captured) function.
+
+    vLLM records `_generate_fused_drafts` (or `_generate_draft`, for attention backends that cannot update their
+    metadata in place) as one CUDA graph: serial decode step, heads, LM head and sampling are in it.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device):
+        super().__init__(vllm_config, device)
+        self._hidden: Tensor | None = None
+        self._draft_length = 0
+        self._head_offsets = torch.arange(max(1, self.num_speculative_steps - SERIAL_STEPS), device=device)
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the drafter beside its target; says once what drafts and how."""
+        super().load_model(target_model)
+        finish_loading(self.model, self.num_speculative_steps, "V2")
+
+    def sample_draft(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Draft tokens of ``[N, H]``; greedy ones by the argmax kernel where it is on."""
+        # Adaptive verification reads the logits of greedy drafts too.
+        if self.draft_logits is None and getattr(self, "acceptance_estimator", None) is None:
+            tokens = self.model.greedy_tokens(hidden_states)
+            if tokens is not None:
+                return tokens
+        return super().sample_draft(hidden_states, *args, **kwargs)
+
+    def _run_model(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._hidden, hidden = super()._run_model(*args, **kwargs)
+        return self._hidden, hidden
+
+    def _multi_step_decode(
+        self,
+        num_reqs: int,
+        skip_attn: bool,
+        batch_desc: BatchExecutionDescriptor,
+        num_tokens_across_dp: Tensor | None,
+        seq_lens_cpu_upper_bound: Tensor,
+        num_speculative_steps: int,
+    ) -> None:
+        self._draft_length = num_speculative_steps
+        steps = min(num_speculative_steps, SERIAL_STEPS)
+        super()._multi_step_decode(
+            num_reqs, skip_attn, batch_desc, num_tokens_across_dp, seq_lens_cpu_upper_bound, steps
+        )
+        self._draft_length = 0
+
+    def _generate_fused_drafts(
+        self,
+        num_reqs: int,
+        num_tokens_padded: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, Tensor] | None,
+        num_tokens_across_dp: Tensor | None,
+        cudagraph_runtime_mode: CUDAGraphMode,
+        num_speculative_steps: int,
+    ) -> None:
+        self._draft_length = num_speculative_steps
+        steps = min(num_speculative_steps, SERIAL_STEPS)
+        super()._generate_fused_drafts(
+            num_reqs, num_tokens_padded, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode,
+            steps,
+        )  # fmt: skip
+        self._draft_length = 0
+
+    def _generate_draft(
+        self,
+        num_reqs: int,
+        num_tokens_padded: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, Tensor] | None,
+        num_tokens_across_dp: Tensor | None,
+        cudagraph_runtime_mode: CUDAGraphMode,
+        num_speculative_steps: int,
+    ) -> None:
+        length = max(num_speculative_steps, self._draft_length)
+        super()._generate_draft(
+            num_reqs, num_tokens_padded, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode,
+            min(length, SERIAL_STEPS),
+        )  # fmt: skip
+        if length > SERIAL_STEPS:
+            self._draft_heads(num_reqs, length - SERIAL_STEPS)
+
+    def _draft_heads(self, num_reqs: int, count: int) -> None:
+        """Write the tokens of the first ``count`` heads to ``draft_tokens[:num_reqs, 2 : 2 + count]``."""
+        assert self._hidden is not None
+        last = self.draft_tokens[:num_reqs, SERIAL_STEPS - 1]
+        fused = self.model.model.fuse(last, self._hidden[:num_reqs])
+        features = self.model.head_features([self.model.last_fused(num_reqs), fused], count)
+        offsets = self._head_offsets[:count]
+        tokens = self.sample_draft(
+            features,
+            (self.sample_src_positions[:num_reqs, None] + 1 + offsets).flatten(),
+            self.idx_mapping[:num_reqs, None].expand(-1, count).flatten(),
+            self.temperature,
+            self.seeds,
+            (SERIAL_STEPS + offsets).repeat(num_reqs),
+            self.draft_logits,
+        )
+        self.draft_tokens[:num_reqs, SERIAL_STEPS : SERIAL_STEPS + count] = tokens.view(num_reqs, count)
