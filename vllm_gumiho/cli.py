@@ -123,9 +123,10 @@ app.command(rich_help_panel=TRAIN)(generate)
 app.command(rich_help_panel=TRAIN, cls=renamed(float32="no-bf16"))(train)
 app.command("plot-training", rich_help_panel=TRAIN)(plot_training)
 app.command(
-    "eval", rich_help_panel=MEASURE, cls=renamed(json="output", max_num_seqs="concurrency", eager="enforce-eager",
-                                                 no_eager="no-enforce-eager")
-)(evaluate)  # fmt: skip
+    "eval",
+    rich_help_panel=MEASURE,
+    cls=renamed(json="output", max_num_seqs="concurrency", eager="enforce-eager", no_eager="no-enforce-eager"),
+)(evaluate)
 app.command("plot-acceptance", rich_help_panel=MEASURE)(plot_acceptance)
 app.command("bench", rich_help_panel=MEASURE, cls=renamed(max_concurrency="concurrency"))(bench)
 app.command("plan", rich_help_panel=MEASURE, cls=renamed(batch="concurrency"))(plan)

@@ -113,8 +113,10 @@ def renamed(**names: str) -> type[typer.core.TyperCommand]:
                 if name in table:
                     Console(stderr=True).print(
                         f"vllm-gumiho: {name} is now {table[name]}; the old name goes in a later version",
-                        markup=False, highlight=False, soft_wrap=True,
-                    )  # fmt: skip
+                        markup=False,
+                        highlight=False,
+                        soft_wrap=True,
+                    )
                     word = f"{table[name]}{equals}{value}"
                 taken.append(word)
             return super().parse_args(ctx, taken)

@@ -90,16 +90,26 @@ def make_grid(settings: Settings, output: Path) -> Grid:
     request_args += ["--ignore-eos"] if settings.ignore_eos else []
     request_args += ["--seed", str(settings.seed), *_dataset(settings, output)]
     request_args += split("--bench-args", settings.bench_args)
-    inputs: dict[str, Any] = {str(variant.speculative["model"]): plan.weight_digests(variant.speculative["model"])
-              for variant in variants if variant.speculative and "model" in variant.speculative}  # fmt: skip
+    inputs: dict[str, Any] = {
+        str(variant.speculative["model"]): plan.weight_digests(variant.speculative["model"])
+        for variant in variants
+        if variant.speculative and "model" in variant.speculative
+    }
     inputs[target] = plan.weight_digests(target)
     if "--dataset-path" in request_args:
         file = Path(request_args[request_args.index("--dataset-path") + 1])
         inputs["dataset"] = sha256_of(file) if file.is_file() else None
     return Grid(
-        target, variants, tuple(engine_args), tuple(request_args), settings.modes, settings.concurrency,
-        settings.num_prompts, settings.repeats, inputs=inputs,
-    )  # fmt: skip
+        target,
+        variants,
+        tuple(engine_args),
+        tuple(request_args),
+        settings.modes,
+        settings.concurrency,
+        settings.num_prompts,
+        settings.repeats,
+        inputs=inputs,
+    )
 
 
 def _variants(settings: Settings, target: str) -> list[Variant]:

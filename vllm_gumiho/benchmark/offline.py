@@ -84,11 +84,17 @@ def measure(llm: Any, requests: list[Any], asked: argparse.Namespace, concurrenc
         return {f"p{p}": float(np.percentile(values, p)) if values else None for p in (50, 95)}
 
     return {
-        "requests": len(outputs), "output_tokens": sum(tokens), "seconds": seconds,
-        "output_tokens_per_s": sum(tokens) / seconds, "tpot_ms": percentiles(later), "ttft_ms": percentiles(first),
-        "drafts": counts.drafts, "accepted_tokens": counts.accepted_tokens, **acceptance(counts, length),
+        "requests": len(outputs),
+        "output_tokens": sum(tokens),
+        "seconds": seconds,
+        "output_tokens_per_s": sum(tokens) / seconds,
+        "tpot_ms": percentiles(later),
+        "ttft_ms": percentiles(first),
+        "drafts": counts.drafts,
+        "accepted_tokens": counts.accepted_tokens,
+        **acceptance(counts, length),
         "answers": [_digest(output.outputs[0].token_ids) for output in outputs],
-    }  # fmt: skip
+    }
 
 
 def step_times(llm: Any, requests: list[Any], concurrency: int, steps: int) -> dict[str, float] | None:

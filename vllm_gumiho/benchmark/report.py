@@ -76,8 +76,10 @@ def show(console: Console, report: dict[str, Any]) -> None:
     load = "/".join(map(str, report["load_average"]))
     console.print(
         f"{report['date']}, {report['seconds']:.0f} s, load average {load}\n{machine}\n{installed}",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     if report["assumed"]:
         console.print(report["assumed"], highlight=False, markup=False)
     for mode in dict.fromkeys(row["mode"] for row in report["summary"]):

@@ -18,8 +18,17 @@ from vllm_gumiho.errors import BenchError, EngineError
 CLIENT = "vllm_gumiho.benchmark.client"
 CLIENT_LIMIT_S = 7200
 # One request before the measured ones, so that the first cell does not pay for what is made on first use.
-CLIENT_ARGS = ("--save-result", "--save-detailed", "--disable-tqdm", "--num-warmups", "1",
-               "--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,95")  # fmt: skip
+CLIENT_ARGS = (
+    "--save-result",
+    "--save-detailed",
+    "--disable-tqdm",
+    "--num-warmups",
+    "1",
+    "--percentile-metrics",
+    "ttft,tpot",
+    "--metric-percentiles",
+    "50,95",
+)
 
 
 def run(grid: Grid, variant: Variant, wanted: list[int]) -> Iterator[dict[str, Any]]:
@@ -74,14 +83,17 @@ def read_result(result: dict[str, Any], length: int) -> dict[str, Any]:
     drafts = result.get("spec_decode_num_drafts", 0)
     positions = result.get("spec_decode_per_position_acceptance_rates", [])
     return {
-        "requests": result["completed"], "output_tokens": result["total_output_tokens"], "seconds": result["duration"],
+        "requests": result["completed"],
+        "output_tokens": result["total_output_tokens"],
+        "seconds": result["duration"],
         "output_tokens_per_s": result["output_throughput"],
         "tpot_ms": {p: result[f"{p}_tpot_ms"] for p in ("p50", "p95")},
         "ttft_ms": {p: result[f"{p}_ttft_ms"] for p in ("p50", "p95")},
-        "drafts": drafts, "accepted_tokens": result.get("spec_decode_accepted_tokens", 0),
+        "drafts": drafts,
+        "accepted_tokens": result.get("spec_decode_accepted_tokens", 0),
         # A server that has not drafted yet shows no counters, and the client then reports none.
         "acceptance_length": result.get("spec_decode_acceptance_length") if length else 1.0,
         "acceptance_per_position": [*positions, *[0.0] * length][:length] if drafts or not length else None,
         "step_ms": None,
         "answers": [hashlib.sha256(text.encode()).hexdigest()[:12] for text in result["generated_texts"]],
-    }  # fmt: skip
+    }

@@ -15,8 +15,12 @@ MODES = ("offline", "server")
 
 # --quick: small enough for two slow cores; what does not fit into the time is left out and said to be.
 QUICK: dict[str, Any] = {
-    "concurrency": (1, 4), "num_prompts": 4, "output_len": 16, "repeats": 2, "max_model_len": 512,
-}  # fmt: skip
+    "concurrency": (1, 4),
+    "num_prompts": 4,
+    "output_len": 16,
+    "repeats": 2,
+    "max_model_len": 512,
+}
 QUICK_MINUTES = 8.5
 
 

@@ -50,11 +50,19 @@ class Shape:
     def config(self, **changes: Any) -> dict[str, Any]:
         """config.json of a Llama of this shape."""
         return {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", **vars(self), "rms_norm_eps": 1e-5,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "hidden_act": "silu",
-            "max_position_embeddings": 4096, "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16", **changes,
-        }  # fmt: skip
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **vars(self),
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+            "hidden_act": "silu",
+            "max_position_embeddings": 4096,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            **changes,
+        }
 
 
 SHAPES = {
@@ -121,9 +129,12 @@ def variants(folders: dict[str, Path], lengths: list[int]) -> tuple[Variant, ...
     for method, rates in (("eagle", EAGLE_RATES), ("gumiho", GUMIHO_RATES)):
         for length in lengths:
             speculative = {
-                "method": method, "model": str(folders[method]), "num_speculative_tokens": length,
-                "rejection_sample_method": "synthetic", "synthetic_acceptance_rates": list(rates[:length]),
-            }  # fmt: skip
+                "method": method,
+                "model": str(folders[method]),
+                "num_speculative_tokens": length,
+                "rejection_sample_method": "synthetic",
+                "synthetic_acceptance_rates": list(rates[:length]),
+            }
             found.append(Variant(method, length, speculative))
     return tuple(found)
 
@@ -163,16 +174,43 @@ def main(
     console, failed = Console(), False
     for name in names:
         folders = write_models(SHAPES[name], output.resolve() / name / "models")
-        base = ["--load-format", "dummy", "--max-model-len", str(input_len + output_len + 16),
-                "--max-num-seqs", str(max(at_once)), "--no-enable-prefix-caching", "--seed", "0"]  # fmt: skip
+        base = [
+            "--load-format",
+            "dummy",
+            "--max-model-len",
+            str(input_len + output_len + 16),
+            "--max-num-seqs",
+            str(max(at_once)),
+            "--no-enable-prefix-caching",
+            "--seed",
+            "0",
+        ]
         base += ["--dtype", "float32", "--enforce-eager"] if dry_run else ["--dtype", "bfloat16"]
-        asked = ["--dataset-name", "random", "--input-len", str(input_len), "--output-len", str(output_len),
-                 "--ignore-eos", "--temperature", "0", "--seed", "0"]  # fmt: skip
+        asked = [
+            "--dataset-name",
+            "random",
+            "--input-len",
+            str(input_len),
+            "--output-len",
+            str(output_len),
+            "--ignore-eos",
+            "--temperature",
+            "0",
+            "--seed",
+            "0",
+        ]
         grid = Grid(
-            str(folders["target"]), variants(folders, lengths), (*base, *shlex.split(engine_args)), tuple(asked),
-            ("offline",), tuple(at_once), 2, repeats, interpreter=dry_run,
+            str(folders["target"]),
+            variants(folders, lengths),
+            (*base, *shlex.split(engine_args)),
+            tuple(asked),
+            ("offline",),
+            tuple(at_once),
+            2,
+            repeats,
+            interpreter=dry_run,
             assumed=f"{'DRY RUN, no result. ' if dry_run else ''}Shape {name}. {ASSUMED}",
-        )  # fmt: skip
+        )
         report = run(grid, output / name, console, max_minutes=max_minutes)
         show(console, report)
         for file in (*plot_all(report, output / name), output / name / "report.json"):

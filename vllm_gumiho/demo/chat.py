@@ -36,9 +36,14 @@ def run_demo(
     with console.status("looking for the target"):
         target = find_target(target)
     settings: dict[str, Any] = {
-        "model": target, "max_model_len": 1024, "max_num_seqs": concurrency, "disable_log_stats": False,
-        "dtype": default_dtype(), "enforce_eager": on_cpu(), "enable_prefix_caching": False,
-    }  # fmt: skip
+        "model": target,
+        "max_model_len": 1024,
+        "max_num_seqs": concurrency,
+        "disable_log_stats": False,
+        "dtype": default_dtype(),
+        "enforce_eager": on_cpu(),
+        "enable_prefix_caching": False,
+    }
     speculative = {"method": "gumiho", "model": checkpoint, "num_speculative_tokens": num_speculative_tokens}
     log = output.with_suffix(".log")
     log.unlink(missing_ok=True)
@@ -104,5 +109,6 @@ def _explain(
             console.print(
                 f"texts differ: prompt {QUESTIONS[i]!r}, answer token {at}: {a[at : at + 1]} without, "
                 f"{b[at : at + 1]} with Gumiho; the target's two best logits there are {apart:.2e} apart",
-                style="red", markup=False,
-            )  # fmt: skip
+                style="red",
+                markup=False,
+            )

@@ -131,9 +131,14 @@ def wrong_heads(weights: HeadWeights, path: HeadsPath, batches: list[int], count
 
 
 def choose_kernels(
-    weights: HeadWeights, counters: Tensor, tokens: GreedyArgmax | None, tokens_refused: str | None, greedy: bool,
-    max_batch: int, num_heads: int,
-) -> Choice:  # fmt: skip
+    weights: HeadWeights,
+    counters: Tensor,
+    tokens: GreedyArgmax | None,
+    tokens_refused: str | None,
+    greedy: bool,
+    max_batch: int,
+    num_heads: int,
+) -> Choice:
     """Decide once, when the model is loaded: every kernel asked for is checked, and left out where it fails.
 
     weights: of this rank's heads, out of ``num_heads`` in all.  tokens: the argmax kernel on this LM head, None where

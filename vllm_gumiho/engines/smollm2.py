@@ -101,22 +101,36 @@ def _convert(gguf_file: Path, out: Path) -> None:
     pad = field("tokenizer.ggml.padding_token_id")
     out.mkdir(parents=True, exist_ok=True)
     LlamaConfig(
-        architectures=["LlamaForCausalLM"], vocab_size=len(tokens), hidden_size=hidden,
-        intermediate_size=field("llama.feed_forward_length"), num_hidden_layers=field("llama.block_count"),
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hidden // heads,
+        architectures=["LlamaForCausalLM"],
+        vocab_size=len(tokens),
+        hidden_size=hidden,
+        intermediate_size=field("llama.feed_forward_length"),
+        num_hidden_layers=field("llama.block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
         max_position_embeddings=field("llama.context_length"),
-        rms_norm_eps=float(f"{field('llama.attention.layer_norm_rms_epsilon'):.3g}"), tie_word_embeddings=True,
+        rms_norm_eps=float(f"{field('llama.attention.layer_norm_rms_epsilon'):.3g}"),
+        tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": float(field("llama.rope.freq_base"))},
-        bos_token_id=bos, eos_token_id=eos, pad_token_id=pad, dtype="bfloat16",
-    ).save_pretrained(out)  # fmt: skip
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        dtype="bfloat16",
+    ).save_pretrained(out)
     # No sampling fields: vLLM takes those of this file as its defaults.
     stops = sorted({eos, tokens.index("<|endoftext|>")}, reverse=True)
     GenerationConfig(bos_token_id=bos, eos_token_id=stops, pad_token_id=pad).save_pretrained(out)
     PreTrainedTokenizerFast(
-        tokenizer_object=_tokenizer(reader), bos_token=tokens[bos], eos_token=tokens[eos], pad_token=tokens[pad],
-        unk_token=tokens[field("tokenizer.ggml.unknown_token_id")], clean_up_tokenization_spaces=False,
-        model_max_length=field("llama.context_length"), chat_template=field("tokenizer.chat_template"),
-    ).save_pretrained(out)  # fmt: skip
+        tokenizer_object=_tokenizer(reader),
+        bos_token=tokens[bos],
+        eos_token=tokens[eos],
+        pad_token=tokens[pad],
+        unk_token=tokens[field("tokenizer.ggml.unknown_token_id")],
+        clean_up_tokenization_spaces=False,
+        model_max_length=field("llama.context_length"),
+        chat_template=field("tokenizer.chat_template"),
+    ).save_pretrained(out)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)
 

@@ -55,8 +55,11 @@ def show(console: Console, run: dict[str, Any]) -> None:
             console.print(
                 f"{name}: {found['id']} differs from speculation off in turn {found['turn']} at token "
                 f"{found['position']}: {found['off']} without, {found['on']} with",
-                style="red", markup=False, highlight=False, soft_wrap=True,
-            )  # fmt: skip
+                style="red",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def _rate(value: float | None) -> str:

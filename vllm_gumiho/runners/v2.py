@@ -75,9 +75,14 @@ class GumihoSpeculator(EagleSpeculator):
         self._draft_length = num_speculative_steps
         steps = min(num_speculative_steps, SERIAL_STEPS)
         super()._generate_fused_drafts(
-            num_reqs, num_tokens_padded, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode,
+            num_reqs,
+            num_tokens_padded,
+            attn_metadata,
+            slot_mappings,
+            num_tokens_across_dp,
+            cudagraph_runtime_mode,
             steps,
-        )  # fmt: skip
+        )
         self._draft_length = 0
 
     def _generate_draft(
@@ -92,9 +97,14 @@ class GumihoSpeculator(EagleSpeculator):
     ) -> None:
         length = max(num_speculative_steps, self._draft_length)
         super()._generate_draft(
-            num_reqs, num_tokens_padded, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode,
+            num_reqs,
+            num_tokens_padded,
+            attn_metadata,
+            slot_mappings,
+            num_tokens_across_dp,
+            cudagraph_runtime_mode,
             min(length, SERIAL_STEPS),
-        )  # fmt: skip
+        )
         if length > SERIAL_STEPS:
             self._draft_heads(num_reqs, length - SERIAL_STEPS)
 

@@ -68,9 +68,15 @@ class TrainingModel(nn.Module):
         """`losses` with the target's tensors and the share of own tokens that is due."""
         target = self._target[0]
         return losses(
-            self.drafter, self.objective, target.embed, target.lm_head, batch, features,
-            self.frequent.to(features.device), self.own_tokens * self.progress,
-        )  # fmt: skip
+            self.drafter,
+            self.objective,
+            target.embed,
+            target.lm_head,
+            batch,
+            features,
+            self.frequent.to(features.device),
+            self.own_tokens * self.progress,
+        )
 
 
 class FrozenTarget:

@@ -152,10 +152,19 @@ def losses(
         return true.masked_scatter(mine, subset.tokens(subset.logits(draft_features[mine], weight).argmax(-1)))
 
     drafts = draft(
-        drafter, embed, ids, features, batch["positions"], segments, first, objective.form, objective.train_heads,
-        own_token if own_tokens > 0 else None, objective.heads_steer,
+        drafter,
+        embed,
+        ids,
+        features,
+        batch["positions"],
+        segments,
+        first,
+        objective.form,
+        objective.train_heads,
+        own_token if own_tokens > 0 else None,
+        objective.heads_steer,
         objective.further_steps if objective.train_serial else 0,
-    )  # fmt: skip
+    )
     with torch.no_grad():
         # The label distribution of sequence position j serves every draft position that predicts x[j+1].
         wanted = shift(answer, 1)

@@ -232,9 +232,11 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
     }  # fmt: skip
     if recipe.patience:
         settings |= {
-            "load_best_model_at_end": True, "metric_for_best_model": "acceptance_length", "greater_is_better": True,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "acceptance_length",
+            "greater_is_better": True,
             "restore_callback_states_from_checkpoint": True,
-        }  # fmt: skip
+        }
     return TrainingArguments(**(settings | recipe.extra))
 
 

@@ -54,8 +54,9 @@ def apply(record: dict[str, Any], request: Request, data_parallel: int, max_num_
         if not record["single"]:
             logger.info(
                 "Gumiho: the engine starts without speculation: data parallelism needs a single K, and none pays at "
-                "every batch size by measurement on this machine (%s)", record["reason"],
-            )  # fmt: skip
+                "every batch size by measurement on this machine (%s)",
+                record["reason"],
+            )
             return None
         logger.info("Gumiho: K=%d at every batch size, as vLLM takes no schedule here", record["single"])
         return request.with_lengths(record["single"])
@@ -69,8 +70,10 @@ def apply(record: dict[str, Any], request: Request, data_parallel: int, max_num_
         logger.info(
             "Gumiho: the engine starts without speculation, as more than %d requests at once would be slower with it "
             "(%s); --max-num-seqs %d lets it draft, and vllm-gumiho tune with a larger --concurrency may",
-            largest, record["above"], largest,
-        )  # fmt: skip
+            largest,
+            record["above"],
+            largest,
+        )
         return None
     logger.info("Gumiho: schedule by measurement on this machine: %s (%s)", in_words(schedule), record["reason"])
     return request.with_lengths(max(length for *_, length in schedule), schedule)

@@ -84,9 +84,15 @@ def plan(
         for option in here:
             mark = "[green]best" if option is fastest else "*" if length and option is best(here) else ""
             table.add_row(
-                str(length), str(option.serial), str(option.heads), f"{option.accepted:.3f}",
-                f"{option.step_ms:.2f}", f"{option.tokens_per_s:.1f}", f"{option.speedup:.2f}x", mark,
-            )  # fmt: skip
+                str(length),
+                str(option.serial),
+                str(option.heads),
+                f"{option.accepted:.3f}",
+                f"{option.step_ms:.2f}",
+                f"{option.tokens_per_s:.1f}",
+                f"{option.speedup:.2f}x",
+                mark,
+            )
     console.print(table)
     console.print("* fastest split of its K; tokens a step are 1 + accepted", highlight=False)
     console.print(_in_words(found, fastest), highlight=False, soft_wrap=True)
@@ -140,9 +146,13 @@ def tune(
     from vllm_gumiho.tuning import auto, storage
 
     sizes = {
-        "concurrency": concurrency, "repeats": repeats, "tokens": tokens, "verify_tokens": verify_tokens,
-        "rounds": rounds, "seconds": seconds,
-    }  # fmt: skip
+        "concurrency": concurrency,
+        "repeats": repeats,
+        "tokens": tokens,
+        "verify_tokens": verify_tokens,
+        "rounds": rounds,
+        "seconds": seconds,
+    }
     for name, value in sizes.items():
         if value is not None and value <= 0:
             raise TuningError(f"--{name.replace('_', '-')} {value}: give a number above 0")
@@ -152,16 +162,26 @@ def tune(
     current_platform.pre_register_and_update()
     given = {"quantization": quantization, "gpu_memory_utilization": gpu_memory_utilization}
     engine, model = _engine_of(
-        find_target(target), dtype=dtype, enforce_eager=enforce_eager, tensor_parallel_size=tensor_parallel_size,
-        max_num_seqs=concurrency, **{name: value for name, value in given.items() if value is not None},
-    )  # fmt: skip
+        find_target(target),
+        dtype=dtype,
+        enforce_eager=enforce_eager,
+        tensor_parallel_size=tensor_parallel_size,
+        max_num_seqs=concurrency,
+        **{name: value for name, value in given.items() if value is not None},
+    )
     request = resolve({"method": DEFAULT.name, "model": checkpoint}, model)
     key = storage.identity(request, engine, model)
     settings = Plan(
-        max_batch=concurrency or storage.largest_batch(engine), repeats=repeats, seconds=seconds, tokens=tokens,
-        margin=margin, max_loss=max_loss, rounds=rounds if verify else 0, answer_tokens=verify_tokens,
+        max_batch=concurrency or storage.largest_batch(engine),
+        repeats=repeats,
+        seconds=seconds,
+        tokens=tokens,
+        margin=margin,
+        max_loss=max_loss,
+        rounds=rounds if verify else 0,
+        answer_tokens=verify_tokens,
         fixed=curve is not None,
-    )  # fmt: skip
+    )
     with console.status("starting") as status:
         record = auto.measured_record(
             request, engine, model, key, settings, lambda line: status.update(f"measuring: {line}")

@@ -40,9 +40,11 @@ def engine_settings(engine: EngineArgs, target: ModelConfig, max_batch: int) -> 
         if value is not None and isinstance(value, (str, int, float, bool, dict)) and is_json(value):
             settings[name] = value
     return settings | {
-        "max_model_len": min(MODEL_LENGTH, target.max_model_len), "max_num_seqs": max_batch,
-        "enable_prefix_caching": False, "disable_log_stats": False,
-    }  # fmt: skip
+        "max_model_len": min(MODEL_LENGTH, target.max_model_len),
+        "max_num_seqs": max_batch,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+    }
 
 
 def measure(

@@ -76,9 +76,13 @@ def gains_of(curve: Curve, name: str) -> dict[int, float]:
 
 
 def measure_curve(
-    settings: dict[str, Any], configs: dict[str, dict[str, Any] | None], plan: Plan, mode: str, note: Note,
+    settings: dict[str, Any],
+    configs: dict[str, dict[str, Any] | None],
+    plan: Plan,
+    mode: str,
+    note: Note,
     limit_s: float,
-) -> Curve:  # fmt: skip
+) -> Curve:
     """``{name: {concurrency: [output tokens/s of each round]}}`` of engines with these speculative configs.
 
     settings: arguments of `vllm.LLM`, the same that the schedule is stored for.  mode: of `measure.mode_for`; where

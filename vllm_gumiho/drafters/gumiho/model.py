@@ -97,9 +97,12 @@ class GumihoForCausalLM(LlamaForCausalLM):
             start_layer_id=vllm_config.model_config.get_num_layers(vllm_config.parallel_config),
         )
         self.heads = ParallelHeads(
-            config.num_parallel_heads, config.num_serial_steps, config.hidden_size, vllm_config.model_config.dtype,
+            config.num_parallel_heads,
+            config.num_serial_steps,
+            config.hidden_size,
+            vllm_config.model_config.dtype,
             asked_for=vllm_config.speculative_config.num_speculative_tokens - config.num_serial_steps,
-        )  # fmt: skip
+        )
         self.lm_head = TargetOwned(config.vocab_size, config.hidden_size)
         self.logits_processor = LogitsProcessor(config.vocab_size, scale=getattr(config, "logit_scale", 1.0))
         kernel_switch()  # a wrong value ends the start here
@@ -155,9 +158,14 @@ class GumihoForCausalLM(LlamaForCausalLM):
             refused = argmax_problem(shard, scale, dtype)
             tokens = None if refused else GreedyArgmax(shard)
         choice = choose_kernels(
-            self.heads.weights, self.heads.counters, tokens, refused, self.greedy_drafts, self.max_batch,
+            self.heads.weights,
+            self.heads.counters,
+            tokens,
+            refused,
+            self.greedy_drafts,
+            self.max_batch,
             self.config.num_parallel_heads,
-        )  # fmt: skip
+        )
         self.heads.path = choice.heads
         self.greedy_argmax = tokens if choice.argmax else None
         return choice
