@@ -36,8 +36,12 @@ def main() -> None:
 
     from vllm import LLM, SamplingParams
 
-    llm = LLM(TARGET, speculative_config={"method": "gumiho", "num_speculative_tokens": 3}, max_model_len=4096,
-              disable_log_stats=False)  # fmt: skip
+    llm = LLM(
+        TARGET,
+        speculative_config={"method": "gumiho", "num_speculative_tokens": 3},
+        max_model_len=4096,
+        disable_log_stats=False,
+    )
     question = [{"role": "user", "content": "Explain speculative decoding in five sentences."}]
     (answer,) = llm.chat([question], SamplingParams(temperature=0, max_tokens=256))
     print(answer.outputs[0].text)

@@ -65,10 +65,22 @@ def main() -> None:
 
     model, url = str(embedded_target()), f"http://127.0.0.1:{args.port}"
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", "smollm2",
-        "--host", "127.0.0.1", "--port", str(args.port), "--max-model-len", "1024",
-        "--speculative-config", '{"method": "gumiho"}',
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "serve",
+        model,
+        "--served-model-name",
+        "smollm2",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(args.port),
+        "--max-model-len",
+        "1024",
+        "--speculative-config",
+        '{"method": "gumiho"}',
+    ]
     if not torch.accelerator.is_available():
         command += ["--dtype", "float32", "--enforce-eager"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}

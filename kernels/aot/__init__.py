@@ -43,8 +43,15 @@ def _gpu_target(name: str) -> Any:
     return GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
 
 
-def _compile(fn: Any, target: str, pointers: dict[str, str], integers: str, constants: dict[str, Any],
-             num_warps: int, cooperative: bool = False) -> Any:  # fmt: skip
+def _compile(
+    fn: Any,
+    target: str,
+    pointers: dict[str, str],
+    integers: str,
+    constants: dict[str, Any],
+    num_warps: int,
+    cooperative: bool = False,
+) -> Any:
     """pointers: element type by argument; integers: names of the other run-time arguments."""
     import triton
     from triton.compiler import ASTSource
@@ -90,10 +97,18 @@ def heads_reports(target: str, hidden: int, batch: int, dtype: str, weights: str
     forms = one if target.startswith("cuda") else several
     for name, (first, barrier) in forms.items():
         constants = {
-            "FIRST": first, "BARRIER": barrier, "SCALED": scaled, "HEADS": heads, "H": hidden, "PARTS": 2,
-            "BLOCK_H": tiling.block_h, "BLOCK_B": tiling.block_b, "BLOCK_K": tiling.block_k,
-            "NUM_STAGES": tiling.num_stages, "MAX_POLLS": MAX_POLLS,
-        }  # fmt: skip
+            "FIRST": first,
+            "BARRIER": barrier,
+            "SCALED": scaled,
+            "HEADS": heads,
+            "H": hidden,
+            "PARTS": 2,
+            "BLOCK_H": tiling.block_h,
+            "BLOCK_B": tiling.block_b,
+            "BLOCK_K": tiling.block_k,
+            "NUM_STAGES": tiling.num_stages,
+            "MAX_POLLS": MAX_POLLS,
+        }
         integers = "rest_stride last_stride B begin end"
         compiled = _compile(
             parallel_heads_kernel, target, pointers, integers, constants, tiling.num_warps, cooperative=barrier
@@ -116,9 +131,12 @@ def argmax_reports(target: str, hidden: int, rows: int, dtype: str) -> Iterator[
     device = TARGETS[target]
     tiling = choose_argmax_tiling(rows, _ELEMENT_SIZE[dtype], device.shared_per_processor < 128 << 10)
     constants = {
-        "H": hidden, "BLOCK_V": tiling.block_v, "BLOCK_R": tiling.block_r, "BLOCK_K": tiling.block_k,
+        "H": hidden,
+        "BLOCK_V": tiling.block_v,
+        "BLOCK_R": tiling.block_r,
+        "BLOCK_K": tiling.block_k,
         "NUM_STAGES": tiling.num_stages,
-    }  # fmt: skip
+    }
     pointers = {"rows_ptr": dtype, "weight_ptr": dtype, "top_ptr": "fp32", "index_ptr": "i32"}
     integers = "R V tiles row_stride weight_stride"
     compiled = _compile(partial_argmax_kernel, target, pointers, integers, constants, tiling.num_warps)

@@ -93,9 +93,11 @@ class HeadsCase:
 
         n, h = self.heads, self.hidden
         weights = HeadWeights(
-            normal(n, h, 2 * h, scale=(2 * h) ** -0.5), normal(n, h, scale=0.3),
-            normal(n, HEAD_STAGES - 1, h, h, scale=h**-0.5), normal(n, HEAD_STAGES - 1, h, scale=0.3),
-        )  # fmt: skip
+            normal(n, h, 2 * h, scale=(2 * h) ** -0.5),
+            normal(n, h, scale=0.3),
+            normal(n, HEAD_STAGES - 1, h, h, scale=h**-0.5),
+            normal(n, HEAD_STAGES - 1, h, scale=0.3),
+        )
         return HeadsInputs(normal(self.batch, 2 * h, scale=1.0), weights, *quantize_heads(weights))
 
     def check(self, method: str, z: Tensor, inputs: HeadsInputs) -> tuple[float, float]:

@@ -130,13 +130,16 @@ class RoundCase:
             for _ in range(_LAYERS)
         ]
         return RoundInputs(
-            normal(h, 2 * h, scale=(2 * h) ** -0.5), normal(h, scale=0.3), layers, self._heads_case().inputs(seed),
+            normal(h, 2 * h, scale=(2 * h) ** -0.5),
+            normal(h, scale=0.3),
+            layers,
+            self._heads_case().inputs(seed),
             normal(self.vocab, h, scale=h**-0.5 * 4),
             normal(_LAYERS, 2, self.batch, self.key_heads, self.context + SERIAL_STEPS, d),
             torch.stack([_rotation(d, self.context + i, layers[0].qkv) for i in range(SERIAL_STEPS)]),
             torch.randint(self.vocab, (self.batch,), generator=generator, device=self.device),
             normal(self.batch, h),
-        )  # fmt: skip
+        )
 
     def fuse(self, inputs: RoundInputs, ids: Tensor, features: Tensor) -> Tensor:
         """``o = fc(cat[E[x], h])``."""
@@ -193,10 +196,12 @@ class RoundCase:
         equal logits decide otherwise changes nothing.
         """
         exact = inputs._replace(
-            fc=inputs.fc.float(), fc_bias=inputs.fc_bias.float(), cache=inputs.cache.to(torch.float32, copy=True),
+            fc=inputs.fc.float(),
+            fc_bias=inputs.fc_bias.float(),
+            cache=inputs.cache.to(torch.float32, copy=True),
             rotations=inputs.rotations.float(),
             layers=[Layer(*(t.float() for t in layer)) for layer in inputs.layers],
-        )  # fmt: skip
+        )
         written = [cache.to(torch.float32, copy=True) for cache in found.caches]
         parts: list[tuple[float, float]] = []
 

@@ -34,12 +34,22 @@ def cell(variant: Variant, speed: float, repeat: int = 0, concurrency: int = 1, 
     drafts = 10 if variant.length else 0
     positions = [0.5**i for i in range(1, variant.length + 1)]
     return {
-        "mode": mode, "label": variant.label, "method": variant.method, "num_speculative_tokens": variant.length,
-        "concurrency": concurrency, "repeat": repeat, "status": "ok", "output_tokens_per_s": speed,
-        "tpot_ms": {"p50": 10.0, "p95": 20.0}, "ttft_ms": {"p50": 30.0, "p95": None}, "drafts": drafts,
-        "accepted_tokens": drafts * sum(positions), "acceptance_per_position": positions,
-        "step_ms": {"verify": 3.0, "draft": 2.0, "rest": 1.0} if mode == "offline" else None, "answers": ["a", "b"],
-    } | more  # fmt: skip
+        "mode": mode,
+        "label": variant.label,
+        "method": variant.method,
+        "num_speculative_tokens": variant.length,
+        "concurrency": concurrency,
+        "repeat": repeat,
+        "status": "ok",
+        "output_tokens_per_s": speed,
+        "tpot_ms": {"p50": 10.0, "p95": 20.0},
+        "ttft_ms": {"p50": 30.0, "p95": None},
+        "drafts": drafts,
+        "accepted_tokens": drafts * sum(positions),
+        "acceptance_per_position": positions,
+        "step_ms": {"verify": 3.0, "draft": 2.0, "rest": 1.0} if mode == "offline" else None,
+        "answers": ["a", "b"],
+    } | more
 
 
 def row(rows: list[dict], variant: Variant, concurrency: int = 1, mode: str = "offline") -> dict:
@@ -51,10 +61,17 @@ def test_the_grid_has_every_method_and_k_and_the_prompts_as_a_dataset(embedded_t
     prompts = tmp_path / "asked.jsonl"
     prompts.write_text('{"id": "a", "turns": ["one", "two"]}\n{"id": "b", "turns": ["three"]}\n')
     made = make_grid(
-        Settings(target=str(embedded_target), prompts=prompts, num_speculative_tokens=(2, 5), concurrency=(1, 8),
-                 num_prompts=4, output_len=9, bench_args="--top-p 0.9"),
+        Settings(
+            target=str(embedded_target),
+            prompts=prompts,
+            num_speculative_tokens=(2, 5),
+            concurrency=(1, 8),
+            num_prompts=4,
+            output_len=9,
+            bench_args="--top-p 0.9",
+        ),
         tmp_path / "out",
-    )  # fmt: skip
+    )
     assert [one.label for one in made.variants] == ["off", "ngram K=2", "ngram K=5", "gumiho K=2", "gumiho K=5"]
     assert made.variants[-1].speculative["num_speculative_tokens"] == 5
     assert "--speculative-config" not in made.engine_argv(OFF)
@@ -163,13 +180,24 @@ def test_a_speedup_lies_within_its_range_and_offs_own_is_one(speeds):
 @pytest.fixture
 def report() -> dict:
     made = grid(modes=("offline", "server"))
-    cells = [cell(v, 10 + i, r, c, m) for i, v in enumerate((OFF, GUMIHO)) for r in range(3) for c in (1, 4)
-             for m in ("offline", "server")]  # fmt: skip
+    cells = [
+        cell(v, 10 + i, r, c, m)
+        for i, v in enumerate((OFF, GUMIHO))
+        for r in range(3)
+        for c in (1, 4)
+        for m in ("offline", "server")
+    ]
     cells += [cell(NGRAM, 0, r, 1, status="failed", reason="OutOfMemoryError: [large]\nmore") for r in range(3)]
     return {
-        "date": "2026-01-01", "seconds": 1.0, "load_average": [1.0], "machine": {"cpu": "x"}, "versions": {"vllm": "y"},
-        "assumed": "", "summary": summarise(made, cells, "not run: no time left of 2 minutes"), "cells": cells,
-    }  # fmt: skip
+        "date": "2026-01-01",
+        "seconds": 1.0,
+        "load_average": [1.0],
+        "machine": {"cpu": "x"},
+        "versions": {"vllm": "y"},
+        "assumed": "",
+        "summary": summarise(made, cells, "not run: no time left of 2 minutes"),
+        "cells": cells,
+    }
 
 
 def test_rows_that_failed_or_were_not_run_stay_in_the_table_with_the_reason(report):

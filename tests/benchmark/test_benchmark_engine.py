@@ -19,10 +19,31 @@ from vllm_gumiho.errors import EngineError
 
 pytestmark = pytest.mark.engine
 K, OUTPUT_LEN = 3, 12
-ENGINE = ("--load-format", "dummy", "--dtype", "float32", "--enforce-eager", "--max-model-len", "64", "--seed", "0",
-          "--max-num-seqs", "2", "--no-enable-prefix-caching")  # fmt: skip
-REQUESTS = ("--dataset-name", "random", "--input-len", "8", "--output-len", str(OUTPUT_LEN), "--ignore-eos",
-            "--temperature", "0")  # fmt: skip
+ENGINE = (
+    "--load-format",
+    "dummy",
+    "--dtype",
+    "float32",
+    "--enforce-eager",
+    "--max-model-len",
+    "64",
+    "--seed",
+    "0",
+    "--max-num-seqs",
+    "2",
+    "--no-enable-prefix-caching",
+)
+REQUESTS = (
+    "--dataset-name",
+    "random",
+    "--input-len",
+    "8",
+    "--output-len",
+    str(OUTPUT_LEN),
+    "--ignore-eos",
+    "--temperature",
+    "0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +57,17 @@ def drafting(folders: dict[str, Path]) -> Variant:
 
 def test_offline_cells_are_measured_kept_and_not_run_again(folders, tmp_path, monkeypatch):
     lost = Variant("eagle", K, {"method": "eagle", "model": str(tmp_path / "none"), "num_speculative_tokens": K})
-    grid = Grid(str(folders["target"]), (Variant("none"), drafting(folders), lost), ENGINE, REQUESTS, ("offline",),
-                (1, 2), 2, 1, profile_steps=3)  # fmt: skip
+    grid = Grid(
+        str(folders["target"]),
+        (Variant("none"), drafting(folders), lost),
+        ENGINE,
+        REQUESTS,
+        ("offline",),
+        (1, 2),
+        2,
+        1,
+        profile_steps=3,
+    )
     report = run(grid, tmp_path / "out", Console(quiet=True))
     cells = {(one["label"], one["concurrency"]): one for one in report["cells"]}
     assert len(cells) == 6
@@ -96,9 +126,23 @@ def test_a_server_that_does_not_start_says_why(tmp_path):
 def test_the_gpu_script_goes_through_on_a_cpu(tmp_path):
     """Model runner V2 in Triton's interpreter, as vLLM's CPU sampler has no synthetic acceptance."""
     command = [
-        sys.executable, "-m", "vllm_gumiho.benchmark.shapes", "--dry-run", "--output", str(tmp_path), "--repeats", "1",
-        "--num-speculative-tokens", "7", "--concurrency", "2", "--input-len", "8", "--output-len", "24",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vllm_gumiho.benchmark.shapes",
+        "--dry-run",
+        "--output",
+        str(tmp_path),
+        "--repeats",
+        "1",
+        "--num-speculative-tokens",
+        "7",
+        "--concurrency",
+        "2",
+        "--input-len",
+        "8",
+        "--output-len",
+        "24",
+    ]
     env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

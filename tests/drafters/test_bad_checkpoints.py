@@ -218,9 +218,11 @@ def test_what_is_no_file_is_refused_and_not_read(tmp_path, name, kind):
     if name == "config.json":
         write_released(tmp_path, TENSORS)
     make = {
-        "pipe": os.mkfifo, "folder": os.mkdir, "device": lambda path: os.symlink("/dev/zero", path),
+        "pipe": os.mkfifo,
+        "folder": os.mkdir,
+        "device": lambda path: os.symlink("/dev/zero", path),
         "link to nowhere": lambda path: os.symlink("absent", path),
-    }[kind]  # fmt: skip
+    }[kind]
     make(tmp_path / name)
     reason = "a link to nowhere" if kind == "link to nowhere" else "not a regular file"
     message = refusal(tmp_path)
@@ -261,8 +263,11 @@ def mounted(folder: Path, options: str, *command: str, **environment: str) -> su
     script = 'mount -t tmpfs -o "$1" tmpfs "$0" || exit 77; shift; exec "$@"'
     done = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(folder), options, *command],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(SUPPORT), **environment},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(SUPPORT), **environment},
+    )
     if done.returncode == 77 or "unshare" in done.stderr.split("\n")[0]:
         pytest.skip("mounting is not allowed here")
     return done

@@ -105,8 +105,12 @@ def test_the_speculators_config_says_what_the_tensors_say(tmp_path):
     assert sizes_in_config.items() <= written.config.items()
     assert written.config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 4
     assert written.layer_config == LAYER | {
-        "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 32,
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 32,
+    }
 
 
 @pytest.mark.parametrize("shards", ["one file", "bin", "two safetensors"])

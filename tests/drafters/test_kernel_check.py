@@ -214,11 +214,13 @@ def test_lm_head_split_over_two_processes(tmp_path):
     logs = [out.with_suffix(".log").open("w+") for out in outs]
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(main), str(rank), port, str(out)], env={**os.environ, "TRITON_INTERPRET": "1"},
-            stdout=log, stderr=subprocess.STDOUT,
+            [sys.executable, str(main), str(rank), port, str(out)],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
         for rank, (out, log) in enumerate(zip(outs, logs, strict=True))
-    ]  # fmt: skip
+    ]
     try:
         codes = [process.wait(timeout=500) for process in ranks]
     finally:

@@ -44,8 +44,12 @@ def recorded(tmp_path_factory, embedded_target):
     script = PROCESSES / "drafts_main.py"
     done = subprocess.run(
         [sys.executable, str(script), str(embedded_target), checkpoint, PROMPT, str(out)],
-        capture_output=True, text=True, timeout=600, check=False, env=os.environ,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env=os.environ,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     embed = load_file(embedded_target / "model.safetensors")["model.embed_tokens.weight"].float()
     weights = dict(open_checkpoint(checkpoint).tensors())
@@ -53,9 +57,15 @@ def recorded(tmp_path_factory, embedded_target):
     allowed = torch.zeros(len(embed), dtype=torch.bool)
     allowed[torch.arange(len(d2t)) + d2t] = True
     reference = ReferenceDrafter(
-        weights=weights, embed=embed, lm_head=DraftRows(embed, allowed), num_heads=9, num_kv_heads=3,
-        head_dim=64, rope_theta=100000.0, eps=1e-5,
-    )  # fmt: skip
+        weights=weights,
+        embed=embed,
+        lm_head=DraftRows(embed, allowed),
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        rope_theta=100000.0,
+        eps=1e-5,
+    )
     return torch.load(out, weights_only=True), reference
 
 
@@ -76,9 +86,15 @@ def test_draft_tokens_and_features_equal_the_equations(recorded):
 
 def _drafter(reference) -> GumihoDrafter:
     config = DrafterConfig(
-        hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
-        rope_theta=100000.0, rms_norm_eps=1e-5, vocab_size=49152,
-    )  # fmt: skip
+        hidden_size=576,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        rope_theta=100000.0,
+        rms_norm_eps=1e-5,
+        vocab_size=49152,
+    )
     drafter = GumihoDrafter(config)
     drafter.load_state_dict(reference.weights)
     return drafter
@@ -98,9 +114,14 @@ def test_the_unrolled_training_pass_computes_what_the_engine_drafts(recorded):
         anchors[0, len(record["features"]) - 1] = True
         with torch.no_grad():
             out = draft(
-                drafter, reference.embed, ids, features, torch.arange(length)[None],
-                torch.ones(1, length, dtype=torch.long), anchors,
-            )  # fmt: skip
+                drafter,
+                reference.embed,
+                ids,
+                features,
+                torch.arange(length)[None],
+                torch.ones(1, length, dtype=torch.long),
+                anchors,
+            )
         computed = torch.cat((*out.serial, out.heads[:, 0]))
         torch.testing.assert_close(record["draft_features"], computed, rtol=1e-3, atol=1e-3)
 
@@ -125,9 +146,15 @@ def test_one_training_pass_computes_every_draft_of_the_text(recorded):
 
     with torch.no_grad():
         out = draft(
-            _drafter(reference), reference.embed, ids, features, torch.arange(length)[None],
-            torch.ones(1, length, dtype=torch.long), anchors, own_token=own_token,
-        )  # fmt: skip
+            _drafter(reference),
+            reference.embed,
+            ids,
+            features,
+            torch.arange(length)[None],
+            torch.ones(1, length, dtype=torch.long),
+            anchors,
+            own_token=own_token,
+        )
     computed = torch.stack((*out.serial, *out.heads), dim=1)
     torch.testing.assert_close(
         torch.stack([record["draft_features"] for record in records]), computed, rtol=1e-3, atol=1e-3

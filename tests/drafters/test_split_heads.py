@@ -64,9 +64,12 @@ def test_shared_heads_equal_whole_ones(ranks, shares):
     """Real processes and vLLM's own collective; every K; also with fewer heads than ranks."""
     sizes = ["--hidden", "24", "--heads", "5,1", "--counts", "5,4,3,2,1", "--batches", "1,7"]
     done = subprocess.run(
-        [sys.executable, str(MAIN), "--ranks", str(ranks), *sizes], capture_output=True, text=True, timeout=500,
+        [sys.executable, str(MAIN), "--ranks", str(ranks), *sizes],
+        capture_output=True,
+        text=True,
+        timeout=500,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     cells = json.loads(done.stdout.splitlines()[-1])
     assert len(cells) == 12

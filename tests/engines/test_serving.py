@@ -34,13 +34,32 @@ def server(tmp_path_factory, embedded_target):
     with log.open("w") as out:
         process = subprocess.Popen(
             [
-                str(BIN / "vllm"), "serve", str(embedded_target), "--served-model-name", "smollm2",
-                "--dtype", "float32",
-                "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512", "--max-num-seqs", "4",
-                "--enforce-eager", "--speculative-model", "gumiho", "--per-request-spec-decode-metrics", "detailed",
+                str(BIN / "vllm"),
+                "serve",
+                str(embedded_target),
+                "--served-model-name",
+                "smollm2",
+                "--dtype",
+                "float32",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                "--max-model-len",
+                "512",
+                "--max-num-seqs",
+                "4",
+                "--enforce-eager",
+                "--speculative-model",
+                "gumiho",
+                "--per-request-spec-decode-metrics",
+                "detailed",
             ],
-            stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-        )  # fmt: skip
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         end, healthy = time.monotonic() + START_LIMIT_S, False
@@ -76,9 +95,12 @@ def metrics(url: str) -> str:
 
 def ask(url: str, content: str, stream: bool = False) -> str:
     body = {
-        "model": "smollm2", "messages": [{"role": "user", "content": content}], "max_tokens": 24, "temperature": 0,
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 24,
+        "temperature": 0,
         "stream": stream,
-    }  # fmt: skip
+    }
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )

@@ -111,11 +111,27 @@ def test_a_small_load_keeps_every_promise(tmp_path, embedded_target):
     output = tmp_path / "soak.json"
     done = subprocess.run(
         [
-            sys.executable, str(SOAK), "--requests", "60", "--concurrency", "8", "--known", "12", "--no-faults",
-            "--kv-blocks", "12", "--target", str(embedded_target), "--output", str(output),
+            sys.executable,
+            str(SOAK),
+            "--requests",
+            "60",
+            "--concurrency",
+            "8",
+            "--known",
+            "12",
+            "--no-faults",
+            "--kv-blocks",
+            "12",
+            "--target",
+            str(embedded_target),
+            "--output",
+            str(output),
         ],
-        capture_output=True, text=True, timeout=1800, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     report = json.loads(output.read_text())
     figures = report["figures"]

@@ -40,9 +40,20 @@ def judged(folder, embedded_target):
 
     def judge(name: str, *options: str) -> tuple[subprocess.CompletedProcess, dict]:
         command = [
-            str(BIN / "vllm-gumiho"), "eval", "--target", str(embedded_target), "--prompts", str(folder / "prompts"),
-            "--max-tokens", str(MAX_TOKENS), "--turns", "all", "--output", str(folder / f"{name}.json"), *options,
-        ]  # fmt: skip
+            str(BIN / "vllm-gumiho"),
+            "eval",
+            "--target",
+            str(embedded_target),
+            "--prompts",
+            str(folder / "prompts"),
+            "--max-tokens",
+            str(MAX_TOKENS),
+            "--turns",
+            "all",
+            "--output",
+            str(folder / f"{name}.json"),
+            *options,
+        ]
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=800, check=False)
         assert done.returncode in (0, 1), done.stdout + done.stderr
@@ -90,9 +101,16 @@ def check_counts(run: dict, k: int) -> None:
 
 def test_gumiho_is_judged_against_a_baseline_at_two_temperatures(judged, folder, off):
     done, report = judged(
-        "gumiho", "--num-speculative-tokens", str(K), "--temperature", "0", "--temperature", "1",
-        "--baseline", str(folder / "off.json"),
-    )  # fmt: skip
+        "gumiho",
+        "--num-speculative-tokens",
+        str(K),
+        "--temperature",
+        "0",
+        "--temperature",
+        "1",
+        "--baseline",
+        str(folder / "off.json"),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (report["complete"], report["different"]) == (True, 0)
     greedy, sampled = report["runs"]

@@ -41,11 +41,35 @@ def test_vllm_bench_latency_runs_with_gumiho(tiny_checkpoint, tmp_path):
     speculative = json.dumps({"method": "gumiho", "model": str(tiny_checkpoint)})
     report = tmp_path / "latency.json"
     done = run(
-        str(BIN / "vllm"), "bench", "latency", "--model", str(tiny_target), "--skip-tokenizer-init",
-        "--load-format", "auto", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128",
-        "--input-len", "8", "--output-len", "8", "--batch-size", "2", "--num-iters", "1", "--num-iters-warmup", "1",
-        "--disable-detokenize", "--speculative-config", speculative, "--output-json", str(report),
-    )  # fmt: skip
+        str(BIN / "vllm"),
+        "bench",
+        "latency",
+        "--model",
+        str(tiny_target),
+        "--skip-tokenizer-init",
+        "--load-format",
+        "auto",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "128",
+        "--input-len",
+        "8",
+        "--output-len",
+        "8",
+        "--batch-size",
+        "2",
+        "--num-iters",
+        "1",
+        "--num-iters-warmup",
+        "1",
+        "--disable-detokenize",
+        "--speculative-config",
+        speculative,
+        "--output-json",
+        str(report),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Gumiho drafts with" in done.stdout + done.stderr
     assert json.loads(report.read_text())["avg_latency"] > 0

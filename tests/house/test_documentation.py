@@ -70,9 +70,25 @@ def test_an_old_name_of_an_option_is_told_of(monkeypatch, capfd):
 
 def test_commands_are_read_out_of_fences_and_indented_blocks():
     text = "\n".join(
-        ["a", "```bash", "make a  # why", "# only a comment", "vllm serve X \\", "  --port 1", "```", "",
-         "    python -m m", "    z = W m", "```python", "make b", "```", "```sh gpu", "$ sh c.sh", "```"]
-    )  # fmt: skip
+        [
+            "a",
+            "```bash",
+            "make a  # why",
+            "# only a comment",
+            "vllm serve X \\",
+            "  --port 1",
+            "```",
+            "",
+            "    python -m m",
+            "    z = W m",
+            "```python",
+            "make b",
+            "```",
+            "```sh gpu",
+            "$ sh c.sh",
+            "```",
+        ]
+    )
     assert commands(text) == ["make a  # why", "vllm serve X    --port 1", "python -m m", "sh c.sh"]
 
 

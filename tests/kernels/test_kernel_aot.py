@@ -25,9 +25,19 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_compiles_without_spills(target, tmp_path):
     found = tmp_path / "reports.json"
     run = run_python(
-        "-m", "vllm_gumiho.kernels.aot", "--target", target, "--batch", "1", "64",
-        "--dtype", "bf16:bf16", "bf16:fp8", "--output", str(found),
-    )  # fmt: skip
+        "-m",
+        "vllm_gumiho.kernels.aot",
+        "--target",
+        target,
+        "--batch",
+        "1",
+        "64",
+        "--dtype",
+        "bf16:bf16",
+        "bf16:fp8",
+        "--output",
+        str(found),
+    )
     assert run.returncode == 0, run.stdout + run.stderr[-3000:]
     reports = json.loads(found.read_text())
     assert {r["kernel"] for r in reports} == {"parallel_heads", "partial_argmax", "reduce_argmax"}

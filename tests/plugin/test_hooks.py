@@ -265,6 +265,9 @@ def test_serving_needs_nothing_that_only_tools_use():
     """Where a tool's hook does not hold, Gumiho is not refused for it."""
     findings = check(altered(lambda _, text: text.replace("dynamic_sd_lookup", "another_lookup")))
     assert mismatch_message(findings, "0.32") is None
-    broken = [f.hook.name for f in check(altered(lambda _, text: text.replace("dynamic_sd_lookup", "x")), MEASURING)
-              if f.problem]  # fmt: skip
+    broken = [
+        f.hook.name
+        for f in check(altered(lambda _, text: text.replace("dynamic_sd_lookup", "x")), MEASURING)
+        if f.problem
+    ]
     assert broken == ["Scheduler"]

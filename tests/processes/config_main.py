@@ -44,8 +44,9 @@ def main() -> None:
             speculative = config.speculative_config
             results[name] = {"k": speculative and speculative.num_speculative_tokens}
             results[name] |= {
-                "V2 lacks": config._get_v2_model_runner_unsupported_features(), "V2": config.use_v2_model_runner,
-            }  # fmt: skip
+                "V2 lacks": config._get_v2_model_runner_unsupported_features(),
+                "V2": config.use_v2_model_runner,
+            }
             if config.quant_config is not None:
                 draft = get_draft_quant_config(config) if speculative else None
                 results[name] |= {

@@ -50,9 +50,14 @@ def main() -> None:
 
     GumihoProposer.propose = recording
     llm = LLM(
-        target, dtype="float32", max_model_len=256, max_num_seqs=1, enforce_eager=True, enable_prefix_caching=False,
+        target,
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=1,
+        enforce_eager=True,
+        enable_prefix_caching=False,
         speculative_config={"method": "gumiho", "model": checkpoint},
-    )  # fmt: skip
+    )
     records.clear()
     llm.chat([{"role": "user", "content": prompt}], SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
     torch.save(records, out)

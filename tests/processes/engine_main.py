@@ -221,8 +221,12 @@ def run_case(case: dict, attempts: list[str]) -> dict:
     if case["llm"].get("async_scheduling"):
         keep_async_scheduling()
     defaults = {
-        "dtype": "float32", "max_model_len": 256, "enforce_eager": True, "max_num_seqs": 8, "disable_log_stats": False,
-    }  # fmt: skip
+        "dtype": "float32",
+        "max_model_len": 256,
+        "enforce_eager": True,
+        "max_num_seqs": 8,
+        "disable_log_stats": False,
+    }
     before = len(attempts)
     llm = LLM(**(defaults | case["llm"]))
     config = llm.llm_engine.vllm_config

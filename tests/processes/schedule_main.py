@@ -30,9 +30,14 @@ def main() -> None:
         ]
 
     settings = {
-        "model": target, "skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 256, "enforce_eager": True,
-        "max_num_seqs": 8, "disable_log_stats": False,
-    }  # fmt: skip
+        "model": target,
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "max_model_len": 256,
+        "enforce_eager": True,
+        "max_num_seqs": 8,
+        "disable_log_stats": False,
+    }
     llm = LLM(**settings)
     prompts = [{"prompt_token_ids": ids} for ids in UNEQUAL_PROMPTS]
     off = [list(one.outputs[0].token_ids) for one in llm.generate(prompts, sampling(), use_tqdm=False)]

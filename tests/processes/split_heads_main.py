@@ -101,12 +101,19 @@ def one_rank(args: argparse.Namespace) -> list[dict]:
                 for batch in map(int, args.batches.split(",")):
                     m = [torch.randn(batch, args.hidden, generator=torch.Generator().manual_seed(i)) for i in range(2)]
                     expected = whole(m, count)
-                    cells.append({
-                        "heads": num_heads, "count": count, "batch": batch, "ranks": [whole.ranks, split.ranks],
-                        "own": split.bias.shape[0], "difference": (expected - split(m, count)).abs().max().item(),
-                        "largest": expected.abs().max().item(),
-                        "whole ms": milliseconds(whole, m, count), "split ms": milliseconds(split, m, count),
-                    })  # fmt: skip
+                    cells.append(
+                        {
+                            "heads": num_heads,
+                            "count": count,
+                            "batch": batch,
+                            "ranks": [whole.ranks, split.ranks],
+                            "own": split.bias.shape[0],
+                            "difference": (expected - split(m, count)).abs().max().item(),
+                            "largest": expected.abs().max().item(),
+                            "whole ms": milliseconds(whole, m, count),
+                            "split ms": milliseconds(split, m, count),
+                        }
+                    )
         # A rank that leaves while another still reads from it aborts at exit.
         torch.distributed.barrier()
         destroy_model_parallel()

@@ -144,23 +144,31 @@ def configs(tmp_path_factory, tiny_target, tiny_checkpoint):
     damaged = tiny.write_released(folder / "damaged", tiny.drafter_tensors(), suffix="safetensors")
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-9])
     cases = {
-        "sound": spec(), "length null": spec(num_speculative_tokens=None),
+        "sound": spec(),
+        "length null": spec(num_speculative_tokens=None),
         "schedule sound": spec(num_speculative_tokens_per_batch_size=[[1, 4, 7], [8, 64, 0]]),
         "schedule null": spec(num_speculative_tokens_per_batch_size=None),
         "flag": {"spec_method": "gumiho", "spec_model": str(tiny_checkpoint), "spec_tokens": 8},
-        "another target's": spec(model=str(wide)), "another vocabulary": spec(model=str(vocabulary)),
-        "damaged": spec(model=str(damaged)), "nowhere": spec(model="/nowhere"),
-        "a hub name": spec(model="amd/Gumiho-x"), "an unknown key": spec(nonsense=1),
+        "another target's": spec(model=str(wide)),
+        "another vocabulary": spec(model=str(vocabulary)),
+        "damaged": spec(model=str(damaged)),
+        "nowhere": spec(model="/nowhere"),
+        "a hub name": spec(model="amd/Gumiho-x"),
+        "an unknown key": spec(nonsense=1),
         **{f"length {i}": spec(num_speculative_tokens=value) for i, value in enumerate(LENGTHS)},
         **{f"schedule {i}": spec(num_speculative_tokens_per_batch_size=value) for i, value in enumerate(SCHEDULES)},
-    }  # fmt: skip
+    }
     job, result = folder / "job.json", folder / "result.json"
     job.write_text(json.dumps({"model": str(tiny_target), "cases": cases}))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CACHE_ROOT": str(folder / "cache")}
     done = subprocess.run(
-        [sys.executable, str(PROCESSES / "config_main.py"), str(job), str(result)], env=environment,
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+        [sys.executable, str(PROCESSES / "config_main.py"), str(job), str(result)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(result.read_text())
 

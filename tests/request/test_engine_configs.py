@@ -46,9 +46,12 @@ def configs(tmp_path_factory):
     )
     deep = gumiho(predictable.tiny.write_released(folder / "deep", three))
     cases = {
-        "online": common | {"quantization": "fp8"}, "plain": common, "lora": common | {"enable_lora": True},
-        "lora off": {"enable_lora": True}, "three serial steps": common | {"speculative_config": deep},
-    }  # fmt: skip
+        "online": common | {"quantization": "fp8"},
+        "plain": common,
+        "lora": common | {"enable_lora": True},
+        "lora off": {"enable_lora": True},
+        "three serial steps": common | {"speculative_config": deep},
+    }
     for name, (quantization, _) in FORMATS.items():
         quantised = folder / name
         quantised.mkdir()
@@ -59,8 +62,12 @@ def configs(tmp_path_factory):
     job.write_text(json.dumps({"model": str(target), "cases": cases}))
     done = subprocess.run(
         [sys.executable, str(PROCESSES / "config_main.py"), str(job), str(result)],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(result.read_text())["results"]
 
@@ -70,8 +77,9 @@ def configs(tmp_path_factory):
 def test_a_quantised_target_leaves_the_draft_as_it_is(configs, name):
     wanted = "OnlineQuantizationConfig" if name == "online" else FORMATS[name][1]
     assert {key: configs[name][key] for key in ("target quantised by", "draft by")} == {
-        "target quantised by": wanted, "draft by": None,
-    }  # fmt: skip
+        "target quantised by": wanted,
+        "draft by": None,
+    }
 
 
 @pytest.mark.engine
@@ -82,5 +90,9 @@ def test_runner_v1_is_taken_for_what_v2_lacks(configs):
     assert lacks["three serial steps"] == {"Gumiho with 3 serial steps (V1 does: VLLM_USE_V2_MODEL_RUNNER=0)"}
     assert lacks["lora off"] == set()
     assert {name: configs[name]["V2"] for name in lacks if name not in FORMATS} == {
-        "plain": True, "online": True, "lora off": True, "lora": False, "three serial steps": False,
-    }  # fmt: skip
+        "plain": True,
+        "online": True,
+        "lora off": True,
+        "lora": False,
+        "three serial steps": False,
+    }

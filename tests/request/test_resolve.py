@@ -63,17 +63,29 @@ def test_a_request_becomes_an_eagle_config_and_stays_as_the_user_wrote_it(method
     result = rewritten(spec)
     assert spec == before
     assert result == {
-        "method": "eagle", "model": result["model"], "num_speculative_tokens": 7, "nested": {"a": [1]},
+        "method": "eagle",
+        "model": result["model"],
+        "num_speculative_tokens": 7,
+        "nested": {"a": [1]},
         "draft_sample_method": "probabilistic",
-    }  # fmt: skip
+    }
     config = draft_config(result)
     assert config["architectures"] == [DEFAULT.architecture]
     assert config["gumiho_checkpoint"] == os.path.realpath(checkpoint)
     assert config["transformer_layer_config"] == {
-        "model_type": "llama", "hidden_act": "silu", "hidden_size": HIDDEN, "intermediate_size": 48, "head_dim": 32,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": VOCAB,
-        "rms_norm_eps": 1e-6, "max_position_embeddings": 512, "rope_parameters": ROPE,
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "head_dim": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": VOCAB,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 512,
+        "rope_parameters": ROPE,
+    }
 
 
 @pytest.mark.parametrize("spec", [{"method": "gumiho"}, {"method": "gumiho", "model": "gumiho"}, {"model": "gumiho"}])

@@ -61,7 +61,7 @@ def results(tmp_path_factory, tiny_target, tiny_checkpoint, speculators_checkpoi
         "an EAGLE head": tiny_case({"method": "gumiho", "model": str(eagle)}),
         # Last: after numba, which the n-gram proposer brings, no engine with a draft model starts in this process.
         "ngram": tiny_case({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}),
-    }  # fmt: skip
+    }
     pairs = json.dumps({str(tiny_target): checkpoint})
     return run_engines(tmp_path_factory.mktemp("on"), "v1", cases, {"VLLM_GUMIHO_CHECKPOINTS": pairs})
 

@@ -66,8 +66,12 @@ def test_data_parallel(tmp_path, models, off):
     job.write_text(json.dumps({"llm": settings, "prompts": prompts, "max_tokens": 24}))
     done = subprocess.run(
         [sys.executable, str(PROCESSES / "data_parallel_main.py"), str(job), str(result)],
-        env=os.environ | CORES, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+        env=os.environ | CORES,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert result.exists(), (done.stdout + done.stderr)[-4000:]
     answer = json.loads(result.read_text())
     assert answer["tokens"] == [ids[0] for ids in tokens(step(off, "off", "plain"))]

@@ -30,14 +30,17 @@ def chunked_steps() -> dict[str, dict]:
         "up to the end": generate(AT_THE_END, greedy(64)),
         "to the end": generate([prompt(20), prompt(60)], greedy(LONGEST)),
         "traffic": {
-            "do": "traffic", "prompts": MIXED, "sampling": greedy(40), "join": [0, 0, 3, 5, 6, 12],
+            "do": "traffic",
+            "prompts": MIXED,
+            "sampling": greedy(40),
+            "join": [0, 0, 3, 5, 6, 12],
             "abort": [None, 6, None, 3, 1, None],
         },
         "after traffic": generate(MIXED, greedy(20)),
         "seed": generate([prompt(20)], greedy(8, temperature=1.0, seed=3)),
         # Last, as it stops the engine.
         "seed in chunks": generate([prompt(200)], greedy(8, temperature=1.0, seed=3)),
-    }  # fmt: skip
+    }
 
 
 def cache_steps() -> dict[str, dict]:

@@ -67,9 +67,11 @@ def results(tmp_path_factory):
         **ENDS,
     }
     settings = {
-        "block_size": BLOCK, "max_num_batched_tokens": CHUNK, "max_num_seqs": 16,
+        "block_size": BLOCK,
+        "max_num_batched_tokens": CHUNK,
+        "max_num_seqs": 16,
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-    }  # fmt: skip
+    }
     cases = pair(target, checkpoint, steps, **settings)
     few = settings | {"num_gpu_blocks_override": 8, "max_model_len": LONGEST, "max_num_seqs": 3}
     cases |= pair(target, checkpoint, small_cache_steps(), "few", **few)
@@ -101,10 +103,13 @@ def small_cache_steps() -> dict[str, dict]:
     return {
         "preemption": generate(prompts[:3], greedy(LONGEST)),
         "traffic": {
-            "do": "traffic", "prompts": prompts, "sampling": greedy(16), "join": [0, 0, 2, 3],
+            "do": "traffic",
+            "prompts": prompts,
+            "sampling": greedy(16),
+            "join": [0, 0, 2, 3],
             "abort": [None, 4, None, 1],
         },
-    }  # fmt: skip
+    }
 
 
 def request(results: dict, case: str, name: str) -> dict:

@@ -74,9 +74,10 @@ def main(
         if with_faults:
             left = faults.kill_server(server, requests_known, report)
             report.promise(
-                "a killed server leaves no more processes than one without Gumiho", left == left_by_plain,
+                "a killed server leaves no more processes than one without Gumiho",
+                left == left_by_plain,
                 f"{', '.join(left) or 'none'}; without: {', '.join(left_by_plain) or 'none'}",
-            )  # fmt: skip
+            )
             faults.restart(server, requests_known, texts, report, "a killed server")
             for name in ("EngineCore", "Worker"):
                 if (child := server.child(name)) is not None:
@@ -105,12 +106,14 @@ def _give_up(minutes: float, *servers: Server) -> None:
 
 def _write(output: Path, report: Report, options: dict) -> None:
     machine = {
-        "cpu": platform.processor() or platform.machine(), "cores": psutil.cpu_count(),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": psutil.cpu_count(),
         "load average at the end": round(psutil.getloadavg()[0], 1),
-        "memory GiB": round(psutil.virtual_memory().total / 2**30), "python": platform.python_version(),
+        "memory GiB": round(psutil.virtual_memory().total / 2**30),
+        "python": platform.python_version(),
         **{name: version(name) for name in ("vllm", "torch", "vllm-gumiho")},
         "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    }
     promises = {name: {"kept": kept, "detail": detail} for name, (kept, detail) in report.promises.items()}
     content = {"options": options, "machine": machine, "promises": promises, "figures": report.figures}
     output.write_text(json.dumps(content, indent=2) + "\n")

@@ -51,9 +51,10 @@ def kill_server(server: Server, known: dict | None = None, report: Report | None
 def kill_under_requests(port: int, known: dict, kill: Callable[[], None], report: Report, what: str) -> None:
     """Kill a process while long requests decode: each must end with an error, and none hang."""
     long = [
-        Call("in flight", path, body | {"max_tokens": 400, "ignore_eos": True}) for path, body in list(known.values())
+        Call("in flight", path, body | {"max_tokens": 400, "ignore_eos": True})
+        for path, body in list(known.values())
         if "structured_outputs" not in body
-    ][:8]  # fmt: skip
+    ][:8]
 
     async def scene() -> list[Outcome]:
         running = asyncio.create_task(run_calls(port, long, len(long)))
@@ -66,9 +67,10 @@ def kill_under_requests(port: int, known: dict, kill: Callable[[], None], report
         outcomes = asyncio.run(scene())
         states = [o.state for o in outcomes]
         report.promise(
-            f"requests of {what} end with an error", states == ["failed"] * 8,
+            f"requests of {what} end with an error",
+            states == ["failed"] * 8,
             f"{len(states)} ended within {time.monotonic() - begin - 5:.0f} s; first: {outcomes[0].detail[:80]}",
-        )  # fmt: skip
+        )
     except asyncio.TimeoutError:
         report.promise(f"requests of {what} end with an error", False, f"some hang after {GIVE_UP_S} s")
 

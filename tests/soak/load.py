@@ -64,7 +64,7 @@ def run_load(
     report: Report,
     show: Callable[[str], None],
 ) -> None:
-    """Send the mix and judge the answers, and the server once it is idle again."""  # fmt: skip
+    """Send the mix and judge the answers, and the server once it is idle again."""
     memory: list[tuple[int, dict[str, int]]] = []
     files = server.open_files()
 
@@ -87,23 +87,26 @@ def run_load(
         "the KV cache ran out under load", speculation["preemptions"] > 0, f"{speculation['preemptions']} preemptions"
     )
     report.figures |= {
-        "seconds of load": round(seconds, 1), "memory MiB by finished calls": {
+        "seconds of load": round(seconds, 1),
+        "memory MiB by finished calls": {
             finished: {name: size >> 20 for name, size in sizes.items()} for finished, sizes in memory
         },
-    } | speculation  # fmt: skip
+    } | speculation
 
 
 def _judge_answers(outcomes: list[Outcome], texts: dict[str, str], report: Report) -> None:
     table = {kind: Counter(o.state for o in outcomes if o.call.kind == kind) for kind in GOOD | LEAVING | BAD}
     report.figures["calls"] = {kind: dict(states) for kind, states in table.items() if states}
     report.figures["sent"] = len(outcomes)
-    report.figures |= {state: sum(states[state] for states in table.values()) for state in
-                       ("answered", "refused", "left", "failed")}  # fmt: skip
+    report.figures |= {
+        state: sum(states[state] for states in table.values()) for state in ("answered", "refused", "left", "failed")
+    }
     wrong_end = [
-        o for o in outcomes
-        if o.state not in (("answered",) if o.call.kind in GOOD else ("refused",) if o.call.kind in BAD
-                           else ("left", "answered"))
-    ]  # fmt: skip
+        o
+        for o in outcomes
+        if o.state
+        not in (("answered",) if o.call.kind in GOOD else ("refused",) if o.call.kind in BAD else ("left", "answered"))
+    ]
     shown = "; ".join(f"{o.call.kind} {o.state}: {o.detail}" for o in wrong_end[:5])
     report.promise("good calls answered, bad ones refused, none failed", not wrong_end, shown or "all")
     compared = [o for o in outcomes if o.state == "answered" and o.call.text_of is not None]
@@ -111,9 +114,10 @@ def _judge_answers(outcomes: list[Outcome], texts: dict[str, str], report: Repor
     shown = "; ".join(f"{o.call.text_of}: {o.text!r} instead of {texts[o.call.text_of or '']!r}" for o in wrong[:3])
     report.figures["greedy texts compared"] = len(compared)
     report.promise(
-        "greedy texts are those without speculation", compared and not wrong,
+        "greedy texts are those without speculation",
+        compared and not wrong,
         shown or f"{len(compared)} of {len(compared)} equal",
-    )  # fmt: skip
+    )
 
 
 def _judge_memory(memory: list[tuple[int, int]], count: int, report: Report) -> None:
@@ -125,9 +129,10 @@ def _judge_memory(memory: list[tuple[int, int]], count: int, report: Report) -> 
     first, last = statistics.median(early), statistics.median(late)
     allowed = max(MEMORY_SLACK_BYTES, MEMORY_SLACK * first)
     report.promise(
-        "memory flat", last - first <= allowed,
+        "memory flat",
+        last - first <= allowed,
         f"{(last - first) / 2**20:+.0f} MiB on {first / 2**20:.0f} MiB (allowed {allowed / 2**20:.0f})",
-    )  # fmt: skip
+    )
 
 
 def _wait_until_idle(server: Server, limit_s: float = 120) -> dict[str, float]:

@@ -29,11 +29,26 @@ class Server:
     ):
         self.url, self.port, self.log = f"http://{HOST}:{port}", port, log
         self.command = [
-            str(Path(sys.executable).parent / "vllm"), "serve", str(target), "--served-model-name", MODEL,
-            "--dtype", "float32", "--host", HOST, "--port", str(port), "--max-model-len", str(max_model_len),
-            "--max-num-seqs", str(max_num_seqs), "--num-gpu-blocks-override", str(kv_blocks), "--enforce-eager",
+            str(Path(sys.executable).parent / "vllm"),
+            "serve",
+            str(target),
+            "--served-model-name",
+            MODEL,
+            "--dtype",
+            "float32",
+            "--host",
+            HOST,
+            "--port",
+            str(port),
+            "--max-model-len",
+            str(max_model_len),
+            "--max-num-seqs",
+            str(max_num_seqs),
+            "--num-gpu-blocks-override",
+            str(kv_blocks),
+            "--enforce-eager",
             *(("--speculative-model", "gumiho") if gumiho else ()),
-        ]  # fmt: skip
+        ]
         self.process: psutil.Popen | None = None
         self.family: list[psutil.Process] = []
         self.given_up = False

@@ -67,8 +67,10 @@ def pool(seed: int, size: int, least_tokens: int, most_tokens: int) -> dict[str,
     for i in range(size):
         question = rng.choice(QUESTIONS).format(rng.choice(TOPICS)) + f" ({i})"
         body: dict[str, Any] = {
-            "model": MODEL, "temperature": 0, "max_tokens": rng.randint(least_tokens, most_tokens),
-        }  # fmt: skip
+            "model": MODEL,
+            "temperature": 0,
+            "max_tokens": rng.randint(least_tokens, most_tokens),
+        }
         shared = RULES if i % 2 else ""
         if i % 12 == 5:
             body |= {"prompt": shared + question, "max_tokens": LONG_TOKENS, "ignore_eos": True}

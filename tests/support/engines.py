@@ -52,9 +52,13 @@ def run(folder: Path, cases: dict[str, dict], runner: str = "v1", env: dict[str,
     listed = {name: case | {"steps": list(case["steps"].values())} for name, case in cases.items()}
     job.write_text(json.dumps({"runner": runner, "cases": listed}))
     done = subprocess.run(
-        [sys.executable, str(MAIN), str(job), str(result)], env={**environment(), **(env or {})},
-        capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
+        [sys.executable, str(MAIN), str(job), str(result)],
+        env={**environment(), **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
     log = done.stdout + done.stderr
     assert result.exists(), f"engine process ended with {done.returncode}:\n{log[-6000:]}"
     results = json.loads(result.read_text())

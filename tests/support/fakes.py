@@ -13,9 +13,13 @@ ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 def fake_target(model="org/target", hidden=HIDDEN, vocab=VOCAB, head_dim=32, **text):
     text = {"rope_parameters": ROPE, "rms_norm_eps": 1e-6, "max_position_embeddings": 512} | text
     return SimpleNamespace(
-        model=model, max_model_len=512, hf_text_config=SimpleNamespace(**text), get_hidden_size=lambda: hidden,
-        get_vocab_size=lambda: vocab, get_head_size=lambda: head_dim,
-    )  # fmt: skip
+        model=model,
+        max_model_len=512,
+        hf_text_config=SimpleNamespace(**text),
+        get_hidden_size=lambda: hidden,
+        get_vocab_size=lambda: vocab,
+        get_head_size=lambda: head_dim,
+    )
 
 
 def measurement(off=(10.0, 10.0), idle=(10.1, 10.2), one=(10.3, 30.0)) -> dict:
@@ -23,9 +27,13 @@ def measurement(off=(10.0, 10.0), idle=(10.1, 10.2), one=(10.3, 30.0)) -> dict:
         return {"1": [pair[0] + 5, pair[0], pair[0]], "2": [pair[1], pair[1] + 50]}
 
     return {
-        "off_ms": times(off), "on_ms": {"0": times(idle), "1": times(one)}, "drafts": 200, "accepted": [100],
-        "runner": "V1", "seconds": 1.0,
-    }  # fmt: skip
+        "off_ms": times(off),
+        "on_ms": {"0": times(idle), "1": times(one)},
+        "drafts": 200,
+        "accepted": [100],
+        "runner": "V1",
+        "seconds": 1.0,
+    }
 
 
 def rewritten(spec: dict, target=None, parallel=PARALLEL, load_format: str = "dummy") -> dict:

@@ -11,9 +11,17 @@ from vllm_gumiho.training.recipes import objective_of
 
 def recipe(target: Path | str, data: Path | str, output: Path | str, **changes) -> Recipe:
     small = {
-        "steps": 4, "save_every": 2, "rows": 2, "row_length": 64, "eval_rows": 2, "held_out": 0.1, "bf16": False,
-        "candidates": 32, "frequent": 16, "extra": {"disable_tqdm": True, "report_to": []},
-    }  # fmt: skip
+        "steps": 4,
+        "save_every": 2,
+        "rows": 2,
+        "row_length": 64,
+        "eval_rows": 2,
+        "held_out": 0.1,
+        "bf16": False,
+        "candidates": 32,
+        "frequent": 16,
+        "extra": {"disable_tqdm": True, "report_to": []},
+    }
     return Recipe(target=str(target), data=[str(data)], output=str(output), **(small | changes))
 
 

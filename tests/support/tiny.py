@@ -17,12 +17,24 @@ VOCAB, HIDDEN = 160, 64
 
 def target_config(**changes) -> dict:
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": 96,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-        "vocab_size": VOCAB, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "hidden_act": "silu",
-        "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "float32",
-    } | changes  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "hidden_act": "silu",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "torch_dtype": "float32",
+    } | changes
 
 
 def write_target(folder: Path, seed: int = 0, **changes) -> Path:
@@ -44,9 +56,15 @@ def write_target(folder: Path, seed: int = 0, **changes) -> Path:
 
 def drafter_config(**changes) -> DrafterConfig:
     base = {
-        "hidden_size": HIDDEN, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "vocab_size": VOCAB,
-    }  # fmt: skip
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": VOCAB,
+    }
     return DrafterConfig(**(base | changes))
 
 

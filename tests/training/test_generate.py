@@ -76,9 +76,12 @@ def test_a_run_in_parts_draws_what_the_whole_run_draws(tmp_path, embedded_target
     (tmp_path / "main.py").write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, str(tmp_path / "main.py"), str(embedded_target), str(tmp_path)],
-        capture_output=True, text=True, timeout=900, check=False,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
         env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
     def answers(name):

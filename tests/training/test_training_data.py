@@ -175,16 +175,23 @@ def test_generated_conversations_are_the_targets_own_and_go_on_after_a_kill(tmp_
     (tmp_path / "out.jsonl").write_text(json.dumps(done_before) + '\n{"id": "1", "tur')
     done = subprocess.run(
         [sys.executable, str(tmp_path / "main.py"), str(embedded_target), str(tmp_path)],
-        capture_output=True, text=True, timeout=600, check=False, env=os.environ,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env=os.environ,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads((tmp_path / "counts.json").read_text())
     kept, new = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
     assert kept == done_before
     assert new["id"] == "1"
     assert counts == {
-        "conversations": 1, "answer_tokens": sum(len(t["answer"]) for t in new["turns"]), "too_long": 1, "repeats": 0,
+        "conversations": 1,
+        "answer_tokens": sum(len(t["answer"]) for t in new["turns"]),
+        "too_long": 1,
+        "repeats": 0,
         "checked": 6,
-    }  # fmt: skip
+    }
     assert 1 <= len(new["turns"]) <= 2
     assert all(1 <= len(turn["answer"]) <= 6 for turn in new["turns"])

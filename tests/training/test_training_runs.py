@@ -91,10 +91,13 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, tiny_target, data):
 def test_two_processes_train_one_drafter(tmp_path, tiny_target, data):
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713")
     fsdp = {
-        "script": SCRIPT.with_name("fsdp_main.py"), "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "NO_WRAP", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "script": SCRIPT.with_name("fsdp_main.py"),
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
-    }  # fmt: skip
+    }
 
     def run(name, resume=False, **ways):
         settings = recipe(tiny_target, data, tmp_path / name, steps=4, optimizer="muon-serial", bf16=True)

@@ -37,10 +37,13 @@ def text() -> dict[str, torch.Tensor]:
     answer = torch.ones(1, LENGTH, dtype=torch.bool)
     answer[0, :2] = False
     return {
-        "embed": torch.randn(tiny.VOCAB, tiny.HIDDEN), "input_ids": torch.randint(0, tiny.VOCAB, (1, LENGTH)),
-        "features": torch.randn(1, LENGTH, tiny.HIDDEN), "positions": torch.arange(LENGTH)[None],
-        "segments": torch.ones(1, LENGTH, dtype=torch.long), "answer": answer,
-    }  # fmt: skip
+        "embed": torch.randn(tiny.VOCAB, tiny.HIDDEN),
+        "input_ids": torch.randint(0, tiny.VOCAB, (1, LENGTH)),
+        "features": torch.randn(1, LENGTH, tiny.HIDDEN),
+        "positions": torch.arange(LENGTH)[None],
+        "segments": torch.ones(1, LENGTH, dtype=torch.long),
+        "answer": answer,
+    }
 
 
 def drafted(drafter, text, anchors, **how) -> torch.Tensor:
@@ -55,9 +58,15 @@ def drafted(drafter, text, anchors, **how) -> torch.Tensor:
 
 def test_many_anchors_in_one_pass_draft_what_the_equations_draft_from_each(drafter, text):
     reference = ReferenceDrafter(
-        weights=drafter.state_dict(), embed=text["embed"], lm_head=text["embed"], num_heads=4, num_kv_heads=2,
-        head_dim=32, rope_theta=10000.0, eps=1e-5,
-    )  # fmt: skip
+        weights=drafter.state_dict(),
+        embed=text["embed"],
+        lm_head=text["embed"],
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        rope_theta=10000.0,
+        eps=1e-5,
+    )
     computed = drafted(drafter, text, ANCHORS)
     for anchor, features in zip(ANCHORS, computed, strict=True):
         tokens, wanted = reference.draft(text["input_ids"][0, : anchor + 2], text["features"][0, : anchor + 1])
@@ -88,11 +97,13 @@ def test_the_share_of_own_tokens_decides_what_the_second_step_is_fed(monkeypatch
     features = text["features"].repeat(40, 1, 1)
     torch.manual_seed(0)
     fed = second_inputs(
-        monkeypatch, drafter, text,
+        monkeypatch,
+        drafter,
+        text,
         lambda: losses(
             drafter, unrolled(candidates=0), text["embed"], text["embed"], batch, features, torch.arange(4), share
         ),
-    )  # fmt: skip
+    )
     # Anchors draft the answer's second token or a later one: x[t+2] for t from 1.
     true = text["input_ids"][0, 3:]
     own = (drafted(drafter, text, range(1, LENGTH - 2))[:, 0] @ text["embed"].T).argmax(-1)
@@ -132,9 +143,11 @@ def test_anchors_weigh_by_the_drafters_hold_on_the_true_tokens_before(monkeypatc
     answer = torch.ones(1, 6, dtype=torch.bool)
     answer[0, 0] = False
     batch = {
-        "input_ids": torch.zeros(1, 6, dtype=torch.long), "segments": torch.ones(1, 6, dtype=torch.long),
-        "answer": answer, "positions": torch.arange(6)[None],
-    }  # fmt: skip
+        "input_ids": torch.zeros(1, 6, dtype=torch.long),
+        "segments": torch.ones(1, 6, dtype=torch.long),
+        "answer": answer,
+        "positions": torch.arange(6)[None],
+    }
     objective = Objective(feature_weight=0.0, chain_floor=0.2, serial_decay=0.5, head_weights=(0.1,))
     total, parts = losses(None, objective, torch.eye(2), torch.eye(2), batch, logits(*target)[None], torch.arange(1))
 

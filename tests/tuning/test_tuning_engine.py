@@ -28,8 +28,12 @@ def test_text_stays_as_requests_join_and_leave_across_the_borders(runner, tmp_pa
     out = tmp_path / "out.json"
     done = subprocess.run(
         [sys.executable, str(PROCESSES / "schedule_main.py"), runner, tiny_target, tiny_checkpoint, out],
-        capture_output=True, text=True, timeout=600, check=False, env=environment(),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env=environment(),
+    )
     assert out.exists(), done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads(out.read_text())
     assert result["runner"] == runner
@@ -68,12 +72,19 @@ def auto(target: Path, checkpoint: Path, **more) -> dict:
 
 def test_a_measuring_engine_answers(spoken_target, tiny_checkpoint):
     speculative = {
-        "method": "gumiho", "model": str(tiny_checkpoint), "num_speculative_tokens_per_batch_size": [[1, 2, 7]],
-    }  # fmt: skip
+        "method": "gumiho",
+        "model": str(tiny_checkpoint),
+        "num_speculative_tokens_per_batch_size": [[1, 2, 7]],
+    }
     settings = {
-        "model": str(spoken_target), "dtype": "float32", "enforce_eager": True, "max_model_len": 512,
-        "max_num_seqs": 2, "disable_log_stats": False, "speculative_config": speculative,
-    }  # fmt: skip
+        "model": str(spoken_target),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "max_num_seqs": 2,
+        "disable_log_stats": False,
+        "speculative_config": speculative,
+    }
     with MeasuringEngine(settings) as engine:
         assert (engine.started["model_runner"], engine.started["draft_length"]) == ("V1", 7)
         accepted = engine.ask("acceptance", tokens=8)
@@ -96,19 +107,28 @@ def test_real_requests_meet_a_schedule_in_turn_with_no_speculation(monkeypatch, 
 
     monkeypatch.setattr("vllm_gumiho.tuning.verify.MeasuringEngine", Watched)
     settings = {
-        "model": str(spoken_target), "dtype": "float32", "enforce_eager": True, "max_model_len": 512,
-        "max_num_seqs": 2, "disable_log_stats": False,
-    }  # fmt: skip
+        "model": str(spoken_target),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "max_num_seqs": 2,
+        "disable_log_stats": False,
+    }
     record = {
-        "most": 7, "schedule": [[1, 1, 5], [2, 3, 0]], "single": 7, "reason": "planted", "above": None,
+        "most": 7,
+        "schedule": [[1, 1, 5], [2, 3, 0]],
+        "single": 7,
+        "reason": "planted",
+        "above": None,
         "measurement": {"seconds": 0.0},
-    }  # fmt: skip
+    }
     plan = Plan(max_batch=2, rounds=2, answer_tokens=4, max_loss=-9.0)
     speculative = {"method": "gumiho", "model": str(tiny_checkpoint)}
     found = verified(record, settings, speculative, plan, TOGETHER, lambda line: None)
     assert {name: {size: len(runs) for size, runs in line.items()} for name, line in found["verified"].items()} == {
-        "off": {"1": 2, "2": 2}, "schedule": {"1": 2, "2": 2},
-    }  # fmt: skip
+        "off": {"1": 2, "2": 2},
+        "schedule": {"1": 2, "2": 2},
+    }
     assert all(speed > 0 for line in found["verified"].values() for runs in line.values() for speed in runs)
     assert (found["schedule"], found["withdrawn"]) == (None, record["schedule"])
     assert "measured" in found["reason"]
@@ -125,9 +145,13 @@ def planted(tmp_path_factory, tiny_target, tiny_checkpoint):
 
     cache = tmp_path_factory.mktemp("cache")
     engine = EngineArgs(
-        model=str(tiny_target), dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=256,
+        model=str(tiny_target),
+        dtype="float32",
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        max_model_len=256,
         max_num_seqs=2,
-    )  # fmt: skip
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CACHE_ROOT", str(cache))
         for spec, schedule in (({}, [[1, 1, 5], [2, 2, 0]]), ({"draft_sample_method": "probabilistic"}, None)):
@@ -175,9 +199,13 @@ def test_auto_keeps_the_text(planted, name):
 @pytest.mark.parametrize("mode", [TOGETHER, ONE, EACH])
 def test_every_cell_is_measured_as_often_as_asked(mode, spoken_target, tiny_checkpoint):
     settings = {
-        "model": str(spoken_target), "dtype": "float32", "enforce_eager": True, "max_model_len": 256,
-        "max_num_seqs": 2, "disable_log_stats": False,
-    }  # fmt: skip
+        "model": str(spoken_target),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_seqs": 2,
+        "disable_log_stats": False,
+    }
     plan = Plan(max_batch=2, repeats=2, seconds=0.01, tokens=8)
     found = measure(settings, {"method": "gumiho", "model": str(tiny_checkpoint)}, 2, plan, mode, lambda line: None)
     assert set(found["on_ms"]) == {"0", "1", "2"}

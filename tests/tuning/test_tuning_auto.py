@@ -1,0 +1,196 @@
+"""What `auto` and `vllm-gumiho tune` refuse or measure before a server starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from fakes import measurement, rewritten
+from schedules import fake_engine, settle, spec_for, target
+from tiny import drafter_tensors, write_released
+from typer.testing import CliRunner
+
+from vllm_gumiho.cli import app
+from vllm_gumiho.errors import CheckpointError, EngineError, FigureError, StorageError, TuningError
+from vllm_gumiho.request import resolve
+from vllm_gumiho.tuning import auto, tasks, verify
+from vllm_gumiho.tuning.engine import MeasuringEngine
+from vllm_gumiho.tuning.measure import engine_settings
+from vllm_gumiho.tuning.plot import plot_curve
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"num_speculative_tokens_per_batch_size": [[1, 2, 3]]}, "say the same twice"),
+        ({"model": "/nowhere"}, "/nowhere"),
+        ({"parallel_drafting": True}, "parallel_drafting"),
+    ],
+)
+def test_a_bad_config_is_refused_before_anything_is_measured(checkpoint, cache, more, words):
+    with pytest.raises(CheckpointError, match=words):
+        settle(checkpoint, **more)
+    assert not cache.exists()
+
+
+def test_a_checkpoint_of_another_target_is_refused_before_anything_is_measured(checkpoint, cache):
+    with pytest.raises(CheckpointError, match="trained for this target"):
+        resolve(spec_for(checkpoint), target(hidden=128))
+    assert not cache.exists()
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_is_measured(tmp_path, cache):
+    tensors = drafter_tensors()
+    tensors["fc.weight"][0, 0] = float("nan")
+    damaged = write_released(tmp_path / "nan", tensors, suffix="safetensors")
+    with pytest.raises(CheckpointError, match=r"fc\.weight"):
+        settle(damaged)
+    assert not cache.exists()
+
+
+def test_the_measuring_engine_has_the_users_settings():
+    engine = fake_engine(dtype="float32", quantization=None, trust_remote_code=True, hf_overrides={"a": 1}, seed=3)
+    settings = engine_settings(engine, target(), 4)
+    assert settings == {
+        "model": "org/target",
+        "dtype": "float32",
+        "trust_remote_code": True,
+        "hf_overrides": {"a": 1},
+        "kv_cache_dtype": "auto",
+        "load_format": "auto",
+        "enforce_eager": True,
+        "tensor_parallel_size": 1,
+        "max_model_len": 512,
+        "max_num_seqs": 4,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+    }
+
+
+def test_a_measuring_process_that_fails_is_a_warning_and_no_speculation(checkpoint, cache, caplog, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert settle(checkpoint) is None
+    assert (
+        "no schedule could be measured (the measuring engine failed: exit code 1, last line: no output)" in caplog.text
+    )
+    assert "the engine starts without speculation" in caplog.text
+    assert not list(cache.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("share", "reason"),
+    [
+        (1.3, "1.30x at 1, 1.30x at 2 measured"),
+        (0.9, "the best measured is 0.90x at 1"),
+        (None, "not be verified: why"),
+    ],
+)
+def test_auto_keeps_what_real_requests_bear_out(checkpoint, cache, monkeypatch, share, reason):
+    """Measurements are planted: drafting pays by step times, and real requests run at ``share`` of no speculation."""
+
+    def curve(settings, configs, plan, *rest):
+        assert list(configs) == ["off", "schedule"]
+        if share is None:
+            raise TuningError("why")
+        return {
+            name: {"1": [speed] * plan.rounds, "2": [speed] * plan.rounds}
+            for name, speed in (("off", 10.0), ("schedule", 10.0 * share))
+        }
+
+    monkeypatch.setattr(auto, "measure", lambda *given: measurement(one=(10.3, 12.0)))
+    monkeypatch.setattr(verify, "measure_curve", curve)
+    spec = settle(checkpoint)
+    record = json.loads(next(cache.glob("*.json")).read_text())
+    assert record["reason"].endswith(reason)
+    if share == 1.3:
+        assert spec["num_speculative_tokens_per_batch_size"] == record["schedule"] == [[1, 2, 1], [3, 3, 0]]
+    else:
+        assert (spec, record["schedule"], record["single"]) == (None, None, 0)
+        assert record["withdrawn"] == [[1, 2, 1], [3, 3, 0]]
+
+
+@pytest.mark.parametrize(("batch", "a_step"), [(1, 1), (3, 1), (4, 3), (7, 2)])
+def test_a_steady_load_is_timed_while_it_is_steady(monkeypatch, batch, a_step):
+    """An engine whose clock ticks once a step and that gives each request ``a_step`` tokens."""
+    running: dict[str, list[int]] = {}
+    at_once, given = [], []
+
+    def step() -> list:
+        at_once.append(len(running))
+        outputs = []
+        for name, (length, tokens) in list(running.items()):
+            new = min(a_step, length - tokens)
+            given.append((len(at_once), new))
+            running[name][1] += new
+            finished = tokens + new == length
+            outputs.append(output(name, tokens + new, finished))
+            if finished:
+                del running[name]
+        return outputs
+
+    def output(name: str, tokens: int, finished: bool) -> SimpleNamespace:
+        return SimpleNamespace(request_id=name, finished=finished, outputs=[SimpleNamespace(token_ids=[0] * tokens)])
+
+    def add_request(name, prompt, sampling) -> None:
+        running[name] = [sampling.max_tokens, 0]
+
+    monkeypatch.setattr(tasks, "question_ids", lambda tokenizer: [[1], [2], [3]])
+    monkeypatch.setattr(tasks.time, "perf_counter", lambda: float(len(at_once)))
+    engine = SimpleNamespace(step=step, add_request=add_request, has_unfinished_requests=lambda: bool(running))
+    llm = SimpleNamespace(llm_engine=engine, get_tokenizer=lambda: None)
+    found = tasks.throughput(llm, batch, 8)
+    steady = at_once.index(batch - 1) if batch > 1 else len(at_once)
+    assert set(at_once[:steady]) == {batch}
+    assert found == pytest.approx(sum(new for number, new in given if number <= steady) / steady)
+    assert sum(new for _, new in given) == pytest.approx(8 * max(3 * batch, 3), rel=0.1)
+    assert not running
+
+
+def test_a_measuring_process_that_takes_too_long_is_stopped():
+    engine = MeasuringEngine({}, limit_s=0.0)
+    with pytest.raises(EngineError, match="more than 0 s and was stopped"):
+        engine.__enter__()
+    assert engine._process.poll() is not None
+
+
+def test_a_vllm_that_gives_no_threads_is_a_warning_and_no_speculation(checkpoint, cache, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm.utils.ompmultiprocessing", None)
+    assert settle(checkpoint) is None
+    assert "vLLM gives no threads to a worker here: import of vllm.utils.ompmultiprocessing" in caplog.text
+
+
+def test_rewriting_alone_names_auto_in_its_refusal(checkpoint, cache):
+    with pytest.raises(CheckpointError, match='from 1 to 7, or "auto"'):
+        rewritten(spec_for(checkpoint, num_speculative_tokens=0), target())
+
+
+def test_the_curve_is_plotted(tmp_path):
+    curve = {name: {"1": [1.0, 2.0], "2": [3.0]} for name in ("off", "K=7", "auto")}
+    plot_curve(curve, "title", tmp_path / "new" / "curve.png")
+    assert (tmp_path / "new" / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FigureError, match="give another path"):
+        plot_curve(curve, "title", tmp_path / "file" / "curve.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--concurrency", "0"], "--concurrency 0: give a number above 0"),
+        (["--repeats", "-1"], "--repeats -1: give a number above 0"),
+        (["--curve", "x.png", "--no-verify"], "--curve shows what verification measures"),
+    ],
+)
+def test_tune_refuses_bad_arguments_before_it_starts_an_engine(arguments, words, cache):
+    done = CliRunner().invoke(app, ["tune", "--target", "/nowhere", *arguments])
+    assert isinstance(done.exception, TuningError)
+    assert words in str(done.exception)
+
+
+def test_tune_asks_for_a_writable_folder_before_it_measures(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "file"))
+    done = CliRunner().invoke(app, ["tune", "--target", "/nowhere"])
+    assert isinstance(done.exception, StorageError)
