@@ -18,6 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import gpu_like
 from config_main import watch_network
 
 COUNTERS = {
@@ -208,7 +209,7 @@ def accept_too_often() -> None:
     rejection_sampler.generate_uniform_probs = lambda *args, **kwargs: right(*args, **kwargs) * 0.75
 
 
-PLANTS = {"accepts too often": accept_too_often}
+PLANTS = {"accepts too often": accept_too_often, "gpu-like": gpu_like.turn_on}
 
 
 def run_case(case: dict, attempts: list[str]) -> dict:
@@ -250,6 +251,7 @@ def run_case(case: dict, attempts: list[str]) -> dict:
     drafts = record_drafts(llm) if case.get("record") else []
     steps = [run_step(llm, step) for step in case["steps"]]
     facts |= {"accepted per position": accepted_per_position(llm), "launches": launches()}
+    facts["gpu-like"] = dict(gpu_like.CALLS)
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()

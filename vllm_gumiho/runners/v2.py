@@ -36,7 +36,7 @@ class GumihoSpeculator(EagleSpeculator):
     def sample_draft(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Draft tokens of ``[N, H]``; greedy ones by the argmax kernel where it is on."""
         # Adaptive verification reads the logits of greedy drafts too.
-        if self.draft_logits is None and getattr(self, "acceptance_estimator", None) is None:
+        if self.draft_logits is None and self.acceptance_estimator is None:
             tokens = self.model.greedy_tokens(hidden_states)
             if tokens is not None:
                 return tokens
@@ -111,17 +111,33 @@ class GumihoSpeculator(EagleSpeculator):
     def _draft_heads(self, num_reqs: int, count: int) -> None:
         """Write the tokens of the first ``count`` heads to ``draft_tokens[:num_reqs, 2 : 2 + count]``."""
         assert self._hidden is not None
-        last = self.draft_tokens[:num_reqs, SERIAL_STEPS - 1]
+        # A column: vLLM's embedding under tensor parallelism takes contiguous ids only.
+        last = self.draft_tokens[:num_reqs, SERIAL_STEPS - 1].contiguous()
         fused = self.model.model.fuse(last, self._hidden[:num_reqs])
         features = self.model.head_features([self.model.last_fused(num_reqs), fused], count)
         offsets = self._head_offsets[:count]
+        positions, steps = self.sample_src_positions[:num_reqs, None] + 1 + offsets, SERIAL_STEPS + offsets
+        if self.acceptance_estimator is not None or self.draft_watermarker is not None:
+            # Both have a row a request and go on from step to step: one head's tokens of all requests at a time.
+            by_head = features.view(num_reqs, count, -1)
+            for i in range(count):
+                self.draft_tokens[:num_reqs, SERIAL_STEPS + i] = self.sample_draft(
+                    by_head[:, i].contiguous(),
+                    positions[:, i].contiguous(),
+                    self.idx_mapping[:num_reqs],
+                    self.temperature,
+                    self.seeds,
+                    steps[i],
+                    self.draft_logits,
+                )
+            return
         tokens = self.sample_draft(
             features,
-            (self.sample_src_positions[:num_reqs, None] + 1 + offsets).flatten(),
+            positions.flatten(),
             self.idx_mapping[:num_reqs, None].expand(-1, count).flatten(),
             self.temperature,
             self.seeds,
-            (SERIAL_STEPS + offsets).repeat(num_reqs),
+            steps.repeat(num_reqs),
             self.draft_logits,
         )
         self.draft_tokens[:num_reqs, SERIAL_STEPS : SERIAL_STEPS + count] = tokens.view(num_reqs, count)

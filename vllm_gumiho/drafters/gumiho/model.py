@@ -35,6 +35,18 @@ class TargetOwned(nn.Module):
         self.weight = torch.empty(*shape, device="meta")
 
 
+class FirstLayer(LlamaDecoderLayer):
+    """The layer without an input norm, whose input the heads read once more.
+
+    vLLM's own forward would give its input to the fused add-norm as the residual, which a GPU's operators, and the
+    all-reduce fused with them, write in place.  Here the residual is a tensor of its own.
+    """
+
+    def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        residual = self.self_attn(positions=positions, hidden_states=hidden_states) + hidden_states
+        return self.mlp(self.post_attention_layernorm(residual)), residual
+
+
 @support_torch_compile
 class GumihoModel(nn.Module):
     """Embedding, ``fc`` and the serial decoder layers."""
@@ -47,7 +59,7 @@ class GumihoModel(nn.Module):
         self.config = config
         self.embed_tokens = TargetOwned(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            LlamaDecoderLayer(
+            (LlamaDecoderLayer if i else FirstLayer)(
                 vllm_config, i == 0, prefix=maybe_prefix(prefix, f"layers.{i + start_layer_id}"), config=config
             )
             for i in range(config.num_hidden_layers)
