@@ -36,7 +36,7 @@ demo: setup  ## chat without and with Gumiho, and compare; report in out/demo.js
 	$(RUN) $(BIN)/vllm-gumiho demo
 
 serve: models  ## an OpenAI-compatible server with Gumiho (HOST, PORT)
-	$(RUN) $(BIN)/vllm serve models/SmolLM2-135M-Instruct --host $(HOST) --port $(PORT) --max-model-len 2048 \
+	$(RUN) $(BIN)/vllm serve models/SmolLM2-135M-Instruct --host $(HOST) --port $(PORT) --max-model-len 2048 --dtype float32 --enforce-eager \
 	  --speculative-config '{"method": "gumiho"}'
 
 test: models next-wheel  ## the tests, in WORKERS=2 processes

@@ -16,7 +16,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 import torch
 from vllm import LLM, SamplingParams
 
-from vllm_gumiho.embedded import embedded_target
+from vllm_gumiho.engines.smollm2 import smollm2_folder
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
 
     on_cpu = not torch.accelerator.is_available()
     llm = LLM(
-        str(embedded_target()),
+        str(smollm2_folder()),
         speculative_config={"method": "gumiho"},
         max_model_len=1024,
         # In float32 the texts are the target's own token for token; eager spares a CPU a minute of compiling.

@@ -16,7 +16,7 @@ import torch
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_gumiho.embedded import embedded_target
+from vllm_gumiho.engines.smollm2 import smollm2_folder
 
 START_LIMIT_S = 600
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
 
-    model, url = str(embedded_target()), f"http://127.0.0.1:{args.port}"
+    model, url = str(smollm2_folder()), f"http://127.0.0.1:{args.port}"
     command = [
         sys.executable,
         "-m",

@@ -15,7 +15,7 @@ from vllm_gumiho.benchmark.command import bench
 from vllm_gumiho.demo.command import demo
 from vllm_gumiho.errors import GumihoError
 from vllm_gumiho.evaluation.command import evaluate, plot_acceptance
-from vllm_gumiho.options import CHECKPOINT, TARGET, JsonFlag, renamed
+from vllm_gumiho.options import STORED, TARGET, JsonFlag, renamed
 from vllm_gumiho.training.command import generate, plot_training, train
 from vllm_gumiho.tuning.command import plan, tune
 
@@ -28,7 +28,7 @@ app = typer.Typer(
 console = Console()
 
 SERVE, TRAIN, MEASURE = "Serve", "Train", "Measure"
-CheckpointArgument = Annotated[str, typer.Argument(help=CHECKPOINT)]
+CheckpointArgument = Annotated[str, typer.Argument(help=STORED)]
 
 
 def main() -> None:

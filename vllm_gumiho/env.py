@@ -47,7 +47,9 @@ V2_RUNNER = Variable(
     "vLLM's model runner: `1` for V2, `0` for V1.",
     "vLLM's choice, by platform and feature",
 )
-CPU_KV_SPACE = Variable("VLLM_CPU_KVCACHE_SPACE", "GiB of KV cache on a CPU; the tools' engines take 1 if it is unset.")
+CPU_KV_SPACE = Variable(
+    "VLLM_CPU_KVCACHE_SPACE", "GiB of KV cache on a CPU; the tools take 1 if it is unset, `generate` 4."
+)
 OFFLINE = Variable("HF_HUB_OFFLINE", "`1`: nothing is fetched; checkpoints come from the hub's cache or from folders.")
 NO_STATS = Variable("VLLM_NO_USAGE_STATS", "`1` turns off vLLM's own usage statistics; this package has none.")
 CONFIG_HOME = Variable(

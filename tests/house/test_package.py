@@ -1,5 +1,7 @@
 """What pip installs, and that no folder of ours hides Hugging Face's ``kernels``."""
 
+import ast
+import importlib
 import importlib.metadata
 import os
 import shutil
@@ -82,3 +84,21 @@ def test_another_package_named_kernels_is_not_hidden(where, tmp_path):
     (tmp_path / "site" / "kernels" / "__init__.py").write_text("who = 'Hugging Face'\n")
     folder = ROOT if where == "repository root" else tmp_path
     assert run("import kernels; print(kernels.who)", folder, tmp_path / "site") == "Hugging Face"
+
+
+def test_the_examples_and_scripts_import_what_is_there():
+    names = set()
+    for file in (*(ROOT / "examples").glob("*.py"), *(ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm_gumiho":
+                names |= {(node.module, alias.name) for alias in node.names if alias.name != "*"}
+    assert ("vllm_gumiho.engines.smollm2", "smollm2_folder") in names
+    missing = []
+    for module, name in sorted(names):
+        try:
+            found = importlib.import_module(module)
+            if not hasattr(found, name):
+                importlib.import_module(f"{module}.{name}")
+        except ImportError:
+            missing.append(f"{module}.{name}")
+    assert missing == []

@@ -26,10 +26,10 @@ MAY_IMPORT = {
     "request": "drafters env errors files",
     "tuning": "drafters engines env errors figures files options request",
     "plugin": "drafters engines errors request tuning",
-    "training": "checkpoint drafters engines errors figures files options version",
+    "training": "checkpoint drafters engines env errors figures files options version",
     "evaluation": "checkpoint drafters engines env errors figures files options plugin request",
     "benchmark": "drafters engines env errors evaluation figures files options",
-    "demo": "engines files options",
+    "demo": "drafters engines files options request",
     "cli": "benchmark demo drafters engines errors evaluation options plugin request training tuning",
     "__init__": "plugin version",
 }

@@ -138,7 +138,12 @@ def reach(llm: Any, step: dict) -> int:
         return client.connect_ex(("127.0.0.1", step["port"]))
 
 
-STEPS = {"generate": generate, "traffic": traffic, "embed": embed, "reach": reach}
+def profile(llm: Any, step: dict) -> None:
+    """The run by which a GPU's start measures its memory; a CPU's start has none."""
+    llm.llm_engine.model_executor.driver_worker.worker.model_runner.profile_run()
+
+
+STEPS = {"generate": generate, "traffic": traffic, "embed": embed, "reach": reach, "profile": profile}
 
 
 def run_step(llm: Any, step: dict) -> dict:
@@ -251,7 +256,7 @@ def run_case(case: dict, attempts: list[str]) -> dict:
     drafts = record_drafts(llm) if case.get("record") else []
     steps = [run_step(llm, step) for step in case["steps"]]
     facts |= {"accepted per position": accepted_per_position(llm), "launches": launches()}
-    facts["gpu-like"] = dict(gpu_like.CALLS)
+    facts |= {"gpu-like": dict(gpu_like.CALLS), "most heads": gpu_like.MOST["heads"]}
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()

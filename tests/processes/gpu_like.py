@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 CALLS = {"fused norms": 0, "embeddings": 0}
+# Requests at once that the heads have drafted for at the most.
+MOST = {"heads": 0}
 
 
 def turn_on() -> None:
@@ -17,7 +19,9 @@ def turn_on() -> None:
     from vllm.model_executor.layers.layernorm import RMSNorm
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-    norm, embed = RMSNorm.forward_native, VocabParallelEmbedding.forward
+    from vllm_gumiho.drafters.gumiho.heads import ParallelHeads
+
+    norm, embed, heads = RMSNorm.forward_native, VocabParallelEmbedding.forward, ParallelHeads.forward
 
     def in_place_norm(self: Any, x: Any, residual: Any = None) -> Any:
         if residual is None:
@@ -32,5 +36,10 @@ def turn_on() -> None:
             raise RuntimeError("vocab_parallel_embedding: input_ids must be contiguous")
         return embed(self, input_)
 
+    def counted_heads(self: Any, m: Any, count: int) -> Any:
+        MOST["heads"] = max(MOST["heads"], len(m[-1]))
+        return heads(self, m, count)
+
+    ParallelHeads.forward = counted_heads
     RMSNorm.forward_native = in_place_norm
     VocabParallelEmbedding.forward = contiguous_embedding

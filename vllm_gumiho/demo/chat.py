@@ -8,12 +8,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vllm_gumiho.drafters.checkpoints import open_checkpoint
 from vllm_gumiho.engines.counters import Counts, acceptance
 from vllm_gumiho.engines.facts import default_dtype, on_cpu
 from vllm_gumiho.engines.process import Worker
 from vllm_gumiho.engines.prompts import QUESTIONS
 from vllm_gumiho.engines.target import find_target
 from vllm_gumiho.files import check_writable, write_json
+from vllm_gumiho.request.catalogue import find_checkpoint, local_path
+from vllm_gumiho.request.lengths import draft_length
 
 TASKS = "vllm_gumiho.demo.tasks"
 
@@ -35,6 +38,8 @@ def run_demo(
     check_writable(output)
     with console.status("looking for the target"):
         target = find_target(target)
+    opened = open_checkpoint(local_path(find_checkpoint(target) if checkpoint == "gumiho" else checkpoint))
+    draft_length(num_speculative_tokens, opened)
     settings: dict[str, Any] = {
         "model": target,
         "max_model_len": 1024,

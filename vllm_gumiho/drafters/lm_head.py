@@ -89,25 +89,29 @@ class GreedyArgmax:
 class DraftHead(nn.Module):
     """The LM head's rows of a draft vocabulary, whole on every rank.
 
-    ids ``[Vd]`` int64, ascending; ``weight [Vd, H]`` in the LM head's dtype.
+    ids ``[Vd]`` int64, ascending; ``weight [Vd, H]`` in the LM head's dtype.  Both are buffers: vLLM's sleep keeps
+    those alone.
 
     Raises: CheckpointError where the target's LM head has no plain rows to take.
     """
 
+    ids: Tensor
+    weight: Tensor
+
     def __init__(self, lm_head: Any, ids: Tensor, checkpoint: str):
         super().__init__()
-        weight = getattr(lm_head, "weight", None)
-        if weight is None or not weight.is_floating_point() or getattr(lm_head, "bias", None) is not None:
+        if problem := plain_head_problem(lm_head):
             raise CheckpointError(
                 f"{checkpoint}: has a reduced draft vocabulary, which needs an unquantised LM head without bias; "
-                "this target's is not, use a head of the whole vocabulary"
+                f"of this target, {problem}: use a drafter of the whole vocabulary"
             )
-        places = lm_head.shard_indices
-        self.ids = ids.to(weight.device)
+        weight, places = lm_head.weight, lm_head.shard_indices
+        self.register_buffer("ids", ids.to(weight.device), persistent=False)
         mine = (self.ids >= places.org_vocab_start_index) & (self.ids < places.org_vocab_end_index)
         rows = weight.new_zeros(ids.shape[0], weight.shape[1])
         rows[mine] = weight[self.ids[mine] - places.org_vocab_start_index]
-        self.weight = tensor_model_parallel_all_reduce(rows) if lm_head.tp_size > 1 else rows
+        whole = tensor_model_parallel_all_reduce(rows) if lm_head.tp_size > 1 else rows
+        self.register_buffer("weight", whole, persistent=False)
 
     @property
     def shard(self) -> LmHeadShard:
@@ -116,7 +120,7 @@ class DraftHead(nn.Module):
 
     def draft_logits(self, hidden_states: Tensor) -> Tensor:
         """``[N, H]`` -> ``[N, Vd]``."""
-        return F.linear(hidden_states, self.weight)
+        return F.linear(hidden_states.to(self.weight.dtype), self.weight)
 
     def logits(self, hidden_states: Tensor, vocab_size: int) -> Tensor:
         """``[N, H]`` -> ``[N, V]``, minus infinity for what is never drafted."""

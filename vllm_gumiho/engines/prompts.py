@@ -52,6 +52,8 @@ def read_prompts(file: Path) -> Iterator[tuple[int, Prompt]]:
     """
     try:
         text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise PromptError(f"{file}: no such file; give JSON lines, {SHAPE}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{file}: not readable as UTF-8 text ({error}); give JSON lines, {SHAPE}") from error
     for number, line in lines_of(text):

@@ -62,7 +62,7 @@ def local_path(checkpoint: str, revision: str | None = None) -> Path:
     if path.exists():
         return path
     if checkpoint.count("/") != 1 or checkpoint.startswith(("/", ".", "~")):
-        raise CheckpointError(f"{checkpoint}: no such file or folder, and not a hub name (owner/name)")
+        raise CheckpointError(f"{checkpoint}: no such file or folder, and not a hub name (owner/name); give one")
     import huggingface_hub
 
     try:

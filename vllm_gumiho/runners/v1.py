@@ -33,14 +33,28 @@ class GumihoProposer(EagleProposer):
         super().load_model(target_model)
         finish_loading(self.model, self.num_speculative_tokens, "V1")
 
-    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
-        """As many forward passes as a real draft makes: the serial steps."""
+    def dummy_run(
+        self, num_tokens: int, use_cudagraphs: bool = True, is_graph_capturing: bool = False, **kwargs: Any
+    ) -> None:
+        """As much work and memory as a draft of the largest batch: the serial steps' passes, then the heads."""
         length: int = self.num_speculative_tokens
         self.num_speculative_tokens = min(length, self.num_serial_steps)
         try:
-            super().dummy_run(*args, **kwargs)
+            super().dummy_run(num_tokens, use_cudagraphs, is_graph_capturing, **kwargs)
         finally:
             self.num_speculative_tokens = length
+        if length > self.num_serial_steps and not is_graph_capturing:  # the heads are in no graph of V1's
+            self._dummy_heads(min(num_tokens, self.max_batch_size), length - self.num_serial_steps)
+
+    @torch.inference_mode()
+    def _dummy_heads(self, rows: int, count: int) -> None:
+        """Heads and tokens of ``rows`` requests; what vLLM measures its memory by has their logits in it."""
+        fused = self.model.model.fuse(self.input_ids[:rows], self.hidden_states[:rows])
+        features = self.model.head_features([fused] * self.num_serial_steps, count)
+        if self.model.greedy_drafts:
+            self._greedy_sample(features)
+        else:
+            self.model.compute_logits(features).softmax(dim=-1, dtype=torch.float32)
 
     def _greedy_sample(self, hidden_states: Tensor) -> Tensor:
         tokens = self.model.greedy_tokens(hidden_states)

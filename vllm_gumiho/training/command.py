@@ -25,6 +25,9 @@ def generate(
     evaluation_prompts: EvaluationPrompts = None,
     seed: Annotated[int, typer.Option(help="Of who is sampled, and of the samples.")] = 0,
     limit: Annotated[int, typer.Option(help="Answer at most that many; 0 is all.")] = 0,
+    enforce_eager: Annotated[
+        bool, typer.Option("--enforce-eager", help="No torch.compile, no CUDA graphs: sooner for few prompts.")
+    ] = False,
 ) -> None:
     """Let the target answer training prompts (greedy and sampled), the data that heads are trained on."""
     from vllm_gumiho.engines.target import find_target
@@ -42,6 +45,7 @@ def generate(
         (int(index), int(count)),
         limit,
         seed=seed,
+        enforce_eager=enforce_eager,
     )
     typer.echo(f"{output}: " + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()))
 

@@ -51,6 +51,7 @@ def read_samples(paths: Iterable[Path], vocab_size: int) -> list[Sample]:
 
     Raises: DataError for a file that is not there, a line that is no sample, or a token outside the vocabulary.
     """
+    paths = list(paths)
     files = json_lines_files(paths)
     samples: dict[str, Sample] = {}
     asked: set[tuple[int, ...]] = set()
@@ -72,7 +73,8 @@ def read_samples(paths: Iterable[Path], vocab_size: int) -> list[Sample]:
             samples[sample.id] = sample
             asked.add(tuple(first_prompt))
     if not samples:
-        raise DataError(f"no training samples in {', '.join(map(str, files)) or 'no files'}")
+        read = ", ".join(map(str, files)) or f"{', '.join(map(str, paths))}, which has no *.jsonl file"
+        raise DataError(f"no training samples in {read}; make some with 'vllm-gumiho generate'")
     return list(samples.values())
 
 

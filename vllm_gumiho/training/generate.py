@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import zlib
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_gumiho.engines.prompts import Prompt, read_prompts, render
 from vllm_gumiho.engines.stream import Stream
-from vllm_gumiho.errors import DataError
+from vllm_gumiho.env import CPU_KV_SPACE, engine_environment
+from vllm_gumiho.errors import DataError, EngineError
 from vllm_gumiho.files import lines_of, write_text
 from vllm_gumiho.training.decontaminate import EvaluationPrompts, normalise
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 SAMPLED_TEMPERATURE = 0.8
 # Conversations in the engine for each that it decodes: those waiting take the place of one that ends.
 WAITING = 2
+# KV cache on a CPU where the user has not chosen: room for a full batch of a small target.
+CPU_KV_GIB = "4"
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,8 @@ def generate_answers(
     Returns counts: conversations and answer tokens written, prompts that were too long, repeats, and prompts checked
     against the evaluation prompts.  A line is whole or not there: a last line cut off by a kill is taken away.
 
-    Raises: PromptError for a prompt file that cannot be read, DataError for prompts that are evaluation prompts.
+    Raises: PromptError for a prompt file that cannot be read, DataError for prompts that are evaluation prompts,
+    EngineError where vLLM does not start.
     """
     from rich.progress import Progress
     from vllm import LLM
@@ -132,7 +137,13 @@ def generate_answers(
     # vLLM 0.32's CPU build fails with a seeded prompt in chunks.  Without chunks a step takes whole prompts alone.
     settings = {"max_num_seqs": 96, "max_model_len": longest + questions.max_tokens, "enable_chunked_prefill": False}
     settings |= engine
-    llm = LLM(model=target, **settings)
+    os.environ.setdefault(CPU_KV_SPACE.name, CPU_KV_GIB)
+    os.environ.update(engine_environment())
+    try:
+        llm = LLM(model=target, **settings)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise EngineError(f"{target}: its engine did not start: {reason}; vLLM's log above has the cause") from error
     talks = (Conversation(prompt.id, list(prompt.turns[: questions.max_turns])) for prompt in todo)
     with output.open("a") as file, Progress() as progress:
         task = progress.add_task("answers", total=len(todo))

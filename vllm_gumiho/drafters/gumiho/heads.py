@@ -78,7 +78,9 @@ class ParallelHeads(nn.Module):
         self.weight = parameter(HEAD_STAGES - 1, hidden_size, hidden_size)
         self.bias = parameter(HEAD_STAGES - 1, hidden_size)
         self.path = HeadsPath.BATCHED
-        self.counters = new_counters(self.bias.device)
+        # A buffer, as vLLM's sleep keeps those alone.
+        self.counters: Tensor
+        self.register_buffer("counters", new_counters(self.bias.device), persistent=False)
 
     def destination(self, head: int, stage: int, kind: str) -> Tensor | None:
         """View that holds the tensor ``mlp.{head}.{stage}.linear.{kind}``; None where another rank has that head."""
