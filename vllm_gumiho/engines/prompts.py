@@ -1,7 +1,7 @@
 """Prompts: ``*.jsonl`` files of ``{"id", "turns": [...]}``, read by one rule everywhere, and the built-in questions.
 
-An id is a text that is not empty, or a whole number, which stands for its digits.  Turns are a list of user turns, none
-of them blank.
+An id is a text that is not empty, or a whole number, which stands for its digits.  Turns are a list of user turns, of
+which the first is not blank; later ones are in collected conversations now and then.
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ def _prompt(raw: Any) -> Prompt:
         name = str(name)
     if not isinstance(name, str) or not name:
         raise ValueError("it has no id, or one that is neither text nor a whole number")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
         raise ValueError("its turns are not a list of texts")
+    if not turns[0].strip():
+        raise ValueError("its first turn is blank")
     return Prompt(name, tuple(turns))
 
 
