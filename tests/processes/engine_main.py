@@ -206,6 +206,19 @@ def _record_speculator(runner: Any) -> list[tuple[list[int], list[int]]]:
     return drafts
 
 
+def loose_tensors(model: Any) -> list[str]:
+    """Tensors that our modules of a draft model hold as neither parameter nor buffer: vLLM's sleep loses them."""
+    import torch
+
+    return sorted(
+        f"{name}.{key}".lstrip(".")
+        for name, module in model.named_modules()
+        if type(module).__module__.startswith("vllm_gumiho.")
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    )
+
+
 def accept_too_often() -> None:
     """A wrong sampler: drafts pass with their probability over 0.75."""
     from vllm.v1.sample import rejection_sampler
@@ -256,6 +269,8 @@ def run_case(case: dict, attempts: list[str]) -> dict:
     drafts = record_drafts(llm) if case.get("record") else []
     steps = [run_step(llm, step) for step in case["steps"]]
     facts |= {"accepted per position": accepted_per_position(llm), "launches": launches()}
+    draft = getattr(getattr(runner, "drafter", None) or getattr(runner, "speculator", None), "model", None)
+    facts["loose tensors"] = [] if draft is None else loose_tensors(draft)
     facts |= {"gpu-like": dict(gpu_like.CALLS), "most heads": gpu_like.MOST["heads"]}
     llm.llm_engine.engine_core.shutdown()
     del llm

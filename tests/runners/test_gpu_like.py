@@ -41,6 +41,12 @@ def test_drafts_are_those_of_functional_operators(results, length):
     assert results[like]["drafts"] == results[plain]["drafts"]
 
 
+def test_sleep_keeps_every_tensor_of_the_draft_model(results):
+    """vLLM's sleep (level 2) keeps buffers and loads parameters anew; the last pass's o vectors are made anew too."""
+    for length in LENGTHS:
+        assert results[f"plain {length}"]["facts"]["loose tensors"] == ["_fused"]
+
+
 def test_a_gpus_profile_run_has_the_heads_of_the_largest_batch(results):
     """vLLM measures its memory by it."""
     if results["plain 1"]["facts"]["runner"] == "v2":

@@ -15,7 +15,7 @@ from vllm_gumiho.engines.process import Worker
 from vllm_gumiho.engines.prompts import QUESTIONS
 from vllm_gumiho.engines.target import find_target
 from vllm_gumiho.files import check_writable, write_json
-from vllm_gumiho.request.catalogue import find_checkpoint, local_path
+from vllm_gumiho.request.catalogue import checkpoint_for, local_path
 from vllm_gumiho.request.lengths import draft_length
 
 TASKS = "vllm_gumiho.demo.tasks"
@@ -38,7 +38,7 @@ def run_demo(
     check_writable(output)
     with console.status("looking for the target"):
         target = find_target(target)
-    opened = open_checkpoint(local_path(find_checkpoint(target) if checkpoint == "gumiho" else checkpoint))
+    opened = open_checkpoint(local_path(checkpoint_for(checkpoint, target)))
     draft_length(num_speculative_tokens, opened)
     settings: dict[str, Any] = {
         "model": target,

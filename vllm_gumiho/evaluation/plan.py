@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_gumiho.checkpoint.files import weight_files
-from vllm_gumiho.drafters import DEFAULT, DRAFTERS
+from vllm_gumiho.drafters import DRAFTERS
 from vllm_gumiho.drafters.checkpoints import drafter_in, open_checkpoint
 from vllm_gumiho.files import sha256_of
-from vllm_gumiho.request.catalogue import find_checkpoint, local_path
+from vllm_gumiho.request.catalogue import checkpoint_for, local_path
 from vllm_gumiho.request.lengths import draft_length
 
 DEFAULT_K = 7
@@ -35,8 +35,7 @@ def find_drafter(method: str, checkpoint: str | None, lengths: tuple[int, ...], 
         return Drafter(None, (0,))
     if method == "ngram":
         return Drafter(None, lengths or (DEFAULT_K,))
-    asked = checkpoint or DEFAULT.name
-    path = local_path(find_checkpoint(target) if asked in DRAFTERS else asked)
+    path = local_path(checkpoint_for(checkpoint, target))
     if method in DRAFTERS or drafter_in(path) is not None:
         opened = open_checkpoint(path)
         return Drafter(path, tuple(draft_length(length, opened) for length in lengths or (None,)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from vllm_gumiho.drafters import DRAFTERS
 from vllm_gumiho.env import CHECKPOINTS, config_file
 from vllm_gumiho.errors import CheckpointError
 
@@ -51,6 +52,14 @@ def find_checkpoint(target: str) -> str:
         f'Name one with "model": CHECKPOINT in the speculative config, or add the pair to a JSON object in '
         f"{CHECKPOINTS.name} (a file or the text itself)."
     )
+
+
+def checkpoint_for(asked: str | None, target: str) -> str:
+    """The checkpoint asked for; the target's known one where none or only a drafter is named.
+
+    Raises: CheckpointError as `find_checkpoint`.
+    """
+    return find_checkpoint(target) if asked is None or asked in DRAFTERS else asked
 
 
 def local_path(checkpoint: str, revision: str | None = None) -> Path:

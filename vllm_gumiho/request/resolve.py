@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_gumiho.drafters import DRAFTERS, Drafter
 from vllm_gumiho.drafters.checkpoints import LOAD_FORMAT, Checkpoint, drafter_in, open_checkpoint
 from vllm_gumiho.errors import CheckpointError
-from vllm_gumiho.request.catalogue import find_checkpoint, local_path
+from vllm_gumiho.request.catalogue import checkpoint_for, local_path
 from vllm_gumiho.request.draft_config import derive_draft_config, publish
 from vllm_gumiho.request.lengths import AUTO, SCHEDULE, TOKENS, check_schedule, draft_length
 
@@ -118,7 +118,7 @@ def _locate(spec: dict[str, Any], target: ModelConfig) -> tuple[str, Path]:
         raise CheckpointError(f"model {model!r} goes with method {model!r}, not {method!r}; leave out the method")
     if model is not None and not isinstance(model, str):
         raise CheckpointError(f"speculative model {model!r} is not a path or a hub name")
-    where = find_checkpoint(target.model) if model is None or model in DRAFTERS else model
+    where = checkpoint_for(model, target.model)
     return where, local_path(where, spec.get("revision"))
 
 

@@ -162,6 +162,7 @@ class GumihoForCausalLM(LlamaForCausalLM):
         """Take the draft vocabulary's rows and choose the kernels, now that the target's LM head is in place."""
         if self.draft_ids is not None:
             self.draft_head = DraftHead(self.lm_head, self.draft_ids, self.config.gumiho_checkpoint)
+            self.draft_ids = None  # the head has them, on its device
         scale, dtype = self.logits_processor.scale, self.heads.bias.dtype
         refused = None if self.draft_head else plain_head_problem(self.lm_head)
         tokens = None
