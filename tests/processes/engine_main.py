@@ -18,8 +18,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import gpu_like
+import draft_records
 from config_main import watch_network
+from gpu_like import adaptive, operators, replay, sleep, traced
 
 COUNTERS = {
     "vllm:spec_decode_num_drafts": "drafts", "vllm:spec_decode_num_draft_tokens": "drafted",
@@ -143,7 +144,16 @@ def profile(llm: Any, step: dict) -> None:
     llm.llm_engine.model_executor.driver_worker.worker.model_runner.profile_run()
 
 
-STEPS = {"generate": generate, "traffic": traffic, "embed": embed, "reach": reach, "profile": profile}
+STEPS = {
+    "generate": generate,
+    "traffic": traffic,
+    "embed": embed,
+    "reach": reach,
+    "profile": profile,
+    "sleep": lambda llm, _: sleep.sleep_and_wake(llm),
+    "traced": lambda llm, _: traced.functionalized(llm),
+    "calls": lambda llm, _: llm.collective_rpc("gpu_like_calls"),
+}
 
 
 def run_step(llm: Any, step: dict) -> dict:
@@ -171,41 +181,6 @@ def keep_async_scheduling() -> None:
     CpuPlatform.check_and_update_config = classmethod(keep)
 
 
-def record_drafts(llm: Any) -> list[tuple[list[int], list[int]]]:
-    """A list that fills with the verified tokens of a request and what was drafted after them, one entry a draft."""
-    if llm.llm_engine.vllm_config.use_v2_model_runner:
-        return _record_speculator(llm.llm_engine.model_executor.driver_worker.worker.model_runner)
-    scheduler, drafts = llm.llm_engine.engine_core.engine_core.scheduler, []
-    update = scheduler.update_draft_token_ids
-
-    def recording(found: Any) -> None:
-        update(found)
-        for name, tokens in zip(found.req_ids, found.draft_token_ids, strict=True):
-            request = scheduler.requests.get(name)
-            if request is not None and request.spec_token_ids:
-                drafts.append((list(request.all_token_ids), list(tokens)))
-
-    scheduler.update_draft_token_ids = recording
-    return drafts
-
-
-def _record_speculator(runner: Any) -> list[tuple[list[int], list[int]]]:
-    """Model runner V2 keeps draft tokens from the scheduler: they are read where they are made."""
-    states, drafts, propose = runner.req_states, [], runner.speculator.propose
-
-    def recording(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        found = propose(input_batch, *args, **kwargs)
-        num_sampled = args[4]
-        for row, slot in enumerate(input_batch.idx_mapping.tolist()):
-            if num_sampled[row] > 0:  # else more of its prompt is to come
-                text = states.all_token_ids.gpu[slot, : int(states.total_len.gpu[slot])]
-                drafts.append((text.tolist(), found[row].tolist()))
-        return found
-
-    runner.speculator.propose = recording
-    return drafts
-
-
 def loose_tensors(model: Any) -> list[str]:
     """Tensors that our modules of a draft model hold as neither parameter nor buffer: vLLM's sleep loses them."""
     import torch
@@ -227,7 +202,7 @@ def accept_too_often() -> None:
     rejection_sampler.generate_uniform_probs = lambda *args, **kwargs: right(*args, **kwargs) * 0.75
 
 
-PLANTS = {"accepts too often": accept_too_often, "gpu-like": gpu_like.turn_on}
+PLANTS = {"accepts too often": accept_too_often, "gpu-like": operators.turn_on, "adaptive": adaptive.turn_on}
 
 
 def run_case(case: dict, attempts: list[str]) -> dict:
@@ -259,19 +234,26 @@ def run_case(case: dict, attempts: list[str]) -> dict:
         "draft_tensor_parallel_size": speculative and speculative.draft_tensor_parallel_size,
         "quantization": config.model_config.quantization,
     }
-    worker = getattr(getattr(llm.llm_engine.model_executor, "driver_worker", None), "worker", None)
-    runner = getattr(worker, "model_runner", None)
+    runner = draft_records.runner_of(llm)
     facts |= {
         "drafter": type(getattr(runner, "drafter", None) or getattr(runner, "speculator", None)).__name__,
         "model": config.model_config.model,
         "k": speculative and speculative.num_speculative_tokens,
     }
-    drafts = record_drafts(llm) if case.get("record") else []
+    record = draft_records.attach(llm) if draft_records.drafts_here(llm) and "not compared" not in case else None
+    replays = replay.watch(llm) if case.get("replay") else []
     steps = [run_step(llm, step) for step in case["steps"]]
     facts |= {"accepted per position": accepted_per_position(llm), "launches": launches()}
     draft = getattr(getattr(runner, "drafter", None) or getattr(runner, "speculator", None), "model", None)
     facts["loose tensors"] = [] if draft is None else loose_tensors(draft)
-    facts |= {"gpu-like": dict(gpu_like.CALLS), "most heads": gpu_like.MOST["heads"]}
+    facts |= {
+        "gpu-like": dict(operators.CALLS),
+        "most heads": operators.MOST["heads"],
+        "replays": replays,
+        "verification": dict(adaptive.TOKENS),
+    }
+    facts["drafts"] = None if record is None else draft_records.compare(llm, record)
+    drafts = [] if record is None else [(text, draft.tokens) for text, draft in record.finished()]
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()

@@ -33,8 +33,7 @@ def results(request, tmp_path_factory, tiny_target, tiny_checkpoint):
         again |= {"beside others": generate(PROMPTS[::-1], sampling)}
 
     def recorded(steps: dict[str, dict], **llm) -> dict:
-        case = pair(tiny_target, tiny_checkpoint, steps, max_model_len=LONGEST, skip_tokenizer_init=True, **llm)["on"]
-        return case | {"record": True}
+        return pair(tiny_target, tiny_checkpoint, steps, max_model_len=LONGEST, skip_tokenizer_init=True, **llm)["on"]
 
     cases = {"alone": recorded(first, **ALONE), "chunks": recorded(again, **CHUNKS), "few": recorded(first, **FEW)}
     found = run(tmp_path_factory.mktemp("drafts"), cases, runner)
@@ -58,9 +57,11 @@ def test_drafts_are_those_of_a_request_that_ran_alone(results):
     assert len({drafted for each in wanted.values() for drafted in each}) > 20, "drafts hardly differ"
     for case in results.keys() - {"alone"}:
         found = drafts(results, case)
-        assert wanted.keys() <= found.keys(), case
-        for text, drafted in wanted.items():
-            assert found[text] == drafted, f"{case}, after {len(text)} tokens"
+        # Workers elsewhere hand none over for a request that has ended.
+        both = wanted.keys() & found.keys()
+        assert len(both) > 20 if case == "workers" else both == wanted.keys(), case
+        for text in both:
+            assert found[text] == wanted[text], f"{case}, after {len(text)} tokens"
 
 
 def test_the_cases_were_what_they_say(results):

@@ -19,7 +19,7 @@ UNEQUAL_PROMPTS = [[3 + (i * 7 + j * 5) % 150 for j in range(4 + i * 9)] for i i
 
 def environment() -> dict[str, str]:
     """This process's environment, for scripts of ``processes`` that use what is in ``support``."""
-    path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(SUPPORT), str(PROCESSES), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "PYTHONPATH": path}
 
 
@@ -66,7 +66,17 @@ def run(folder: Path, cases: dict[str, dict], runner: str = "v1", env: dict[str,
         value["log"] = log
         if "steps" in value:
             value["steps"] = dict(zip(cases[name]["steps"], value["steps"], strict=True))
+            assert_drafts_are_those_of_the_equations(name, value)
     return results
+
+
+def assert_drafts_are_those_of_the_equations(name: str, result: dict) -> None:
+    """Every draft of a case, whatever its steps are about, so that no wrong one hides behind a right text."""
+    found = result["facts"]["drafts"]
+    if found is not None:
+        assert not found["wrong"], f"{name}, of {found['compared']} draft tokens: {found['wrong']}"
+        drafted = sum(entry["counts"]["drafted"] for entry in result["steps"].values())
+        assert found["compared"] or not drafted, f"{name}: no draft was compared"
 
 
 def step(results: dict, case: str, name: str) -> dict:

@@ -52,6 +52,8 @@ FEATURES: dict[str, tuple[str, str]] = {
     "n > 1": (SAME, ""),
     "structured output: JSON schema, regex, grammar, choice": (SAME, "xgrammar"),
     "async scheduling": (SAME, "vLLM turns it off on a CPU: the test turns it on"),
+    "adaptive verification": (SAME, "vLLM's manager, with step times made up; on a GPU it wants full CUDA graphs"),
+    "watermarked drafts": (SAME, "dual_key_gumbel with probabilistic drafts; greedy requests are not watermarked"),
     "tensor parallel": (
         SAME,
         "2 workers; draft over both or one; heads whole on each, or shared out; not in V2, as each worker would need "

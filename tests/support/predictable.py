@@ -69,13 +69,18 @@ def write_target(folder: Path, vocab: int = VOCAB, noise: float = 0.3, sharpness
     return folder
 
 
-def write_checkpoint(folder: Path, vocab: int = VOCAB, config: dict | None = None) -> Path:
-    """Drafter in the released layout: ``fc`` passes the embedding on, layers add nothing, head i maps by successors."""
+def write_checkpoint(folder: Path, vocab: int = VOCAB, config: dict | None = None, noise: float = 3.5) -> Path:
+    """Drafter in the released layout: ``fc`` passes the embedding on, head i maps by successors.
+
+    Layers overrule it now and then, so that drafts hang on the KV cache and the features.
+    """
     tensors = tiny.drafter_tensors(hidden_size=HIDDEN, vocab_size=vocab)
     rows, following = embedding(vocab), torch.tensor(successors(vocab))
     for name, tensor in tensors.items():
-        if name.startswith(("fc.", "mlp.")) or name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.startswith(("fc.", "mlp.")):
             tensor.zero_()
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor *= noise / tensor.std() / HIDDEN**0.5
     tensors["fc.weight"][:, :HIDDEN] = 8 * torch.eye(HIDDEN)
     reached = torch.arange(vocab)
     for head in range(HEADS):
@@ -88,7 +93,7 @@ def write_checkpoint(folder: Path, vocab: int = VOCAB, config: dict | None = Non
 def write_eagle(folder: Path, vocab: int = VOCAB) -> Path:
     """An EAGLE head that drafts successors: one layer that adds nothing after a ``fc`` that passes the embedding on."""
 
-    tensors = load(write_checkpoint(folder))
+    tensors = load(write_checkpoint(folder, noise=0.0))
     (folder / "pytorch_model.bin").unlink()
     own = {name: tensor for name, tensor in tensors.items() if name == "fc.weight" or name.startswith("layers.0.")}
     save_file(own, folder / "model.safetensors")

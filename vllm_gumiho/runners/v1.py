@@ -31,6 +31,7 @@ class GumihoProposer(EagleProposer):
     def load_model(self, target_model: nn.Module) -> None:
         """Load the drafter beside its target; says once what drafts and how."""
         super().load_model(target_model)
+        self.use_local_argmax_reduction = True  # greedy drafts come from the model's `get_top_tokens`
         finish_loading(self.model, self.num_speculative_tokens, "V1")
 
     def dummy_run(
@@ -55,10 +56,6 @@ class GumihoProposer(EagleProposer):
             self._greedy_sample(features)
         else:
             self.model.compute_logits(features).softmax(dim=-1, dtype=torch.float32)
-
-    def _greedy_sample(self, hidden_states: Tensor) -> Tensor:
-        tokens = self.model.greedy_tokens(hidden_states)
-        return super()._greedy_sample(hidden_states) if tokens is None else tokens
 
     def _sample_draft_tokens(
         self, hidden_states: Tensor, sampling_metadata: SamplingMetadata

@@ -31,16 +31,9 @@ class GumihoSpeculator(EagleSpeculator):
     def load_model(self, target_model: nn.Module) -> None:
         """Load the drafter beside its target; says once what drafts and how."""
         super().load_model(target_model)
+        # Greedy drafts come from the model's `get_top_tokens`; adaptive verification reads their logits too.
+        self.use_local_argmax_reduction = self.acceptance_estimator is None
         finish_loading(self.model, self.num_speculative_steps, "V2")
-
-    def sample_draft(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Draft tokens of ``[N, H]``; greedy ones by the argmax kernel where it is on."""
-        # Adaptive verification reads the logits of greedy drafts too.
-        if self.draft_logits is None and self.acceptance_estimator is None:
-            tokens = self.model.greedy_tokens(hidden_states)
-            if tokens is not None:
-                return tokens
-        return super().sample_draft(hidden_states, *args, **kwargs)
 
     def _run_model(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._hidden, hidden = super()._run_model(*args, **kwargs)

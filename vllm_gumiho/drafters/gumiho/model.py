@@ -189,16 +189,24 @@ class GumihoForCausalLM(LlamaForCausalLM):
             return self.draft_head.logits(hidden_states, self.config.vocab_size) * self.logits_processor.scale
         return self.logits_processor(self.lm_head, hidden_states, getattr(self.lm_head, "bias", None))
 
-    def greedy_tokens(self, hidden_states: Tensor) -> Tensor | None:
-        """Greedy draft tokens of ``[N, H]``, ``[N]`` int64; None where they are to be taken from `compute_logits`.
+    def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
+        """Greedy draft tokens of ``[N, H]``, ``[N]`` int64, the same on every rank: what vLLM's runners ask for.
 
-        By the argmax kernel, which compares logits in float32 and writes none, or over the draft vocabulary alone.
+        By the argmax kernel, which compares logits in float32 and writes none; over the draft vocabulary alone; or by
+        each rank's best logit.
         """
-        if self.draft_head is None:
-            return None if self.greedy_argmax is None else self.greedy_argmax(hidden_states)
-        if self.greedy_argmax is not None:
+        if self.draft_head is not None:
+            if self.greedy_argmax is None:
+                return self.draft_head.ids[self.draft_head.draft_logits(hidden_states).argmax(-1)]
             return self.draft_head.ids[self.greedy_argmax(hidden_states)]
-        return self.draft_head.ids[self.draft_head.draft_logits(hidden_states).argmax(-1)]
+        if self.greedy_argmax is not None:
+            return self.greedy_argmax(hidden_states)
+        if not self.logits_processor.scale > 0:  # vLLM refuses the best logit of each rank there
+            logits = self.compute_logits(hidden_states)
+            assert logits is not None
+            return logits.argmax(-1)
+        bias = getattr(self.lm_head, "bias", None)
+        return self.logits_processor.get_top_tokens(self.lm_head, hidden_states, bias)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors under their checkpoint names; returns the names of the parameters filled."""

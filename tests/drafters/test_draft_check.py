@@ -1,0 +1,76 @@
+"""What holds engines' drafts to the equations: itself held to the plain reference, and to find what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from draft_check import Draft, Record, check, plain_target, reference_of
+
+LENGTHS = (4, 9, 21)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    target = tiny.write_target(folder / "target")
+    return target, tiny.write_released(folder / "checkpoint", tiny.drafter_tensors())
+
+
+@pytest.fixture(scope="module")
+def drafted(models):
+    """A text with drafts after some of its tokens, by the plain reference: one draft at a time, in loops."""
+    target, checkpoint = models
+    reference = reference_of(target, checkpoint)
+    torch.manual_seed(3)
+    text = torch.randint(2, tiny.VOCAB, (30,))
+    with torch.no_grad():
+        features = plain_target(target).model(text[None]).last_hidden_state[0]
+    drafts = [reference.draft(text[:length], features[: length - 1]) for length in LENGTHS]
+    return reference, text, features, drafts
+
+
+def test_many_drafts_in_one_pass_are_those_of_the_plain_reference(drafted):
+    reference, text, features, drafts = drafted
+    tokens = torch.tensor([tokens for tokens, _ in drafts])
+    logits = reference.logits(text, features[:-1], torch.tensor(LENGTHS), tokens)
+    wanted = torch.stack([torch.stack(found) @ reference.lm_head.T for _, found in drafts])
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def checked(models, drafted, tokens: list[list[int]], **more) -> dict:
+    _, text, _, _ = drafted
+    drafts = [Draft("a", length, each, **more) for length, each in zip(LENGTHS, tokens, strict=True)]
+    record = Record(drafts=drafts, texts={"a": text.tolist()})
+    return check(record, *models, longest=24, exact=True, engines_features=False)
+
+
+def test_right_drafts_are_found_right_up_to_the_longest_text(models, drafted):
+    found = checked(models, drafted, [tokens for tokens, _ in drafted[3]])
+    assert found["wrong"] == []
+    assert found["compared"] == 7 + 7 + (24 - 21)
+
+
+@pytest.mark.parametrize("position", range(7))
+def test_a_wrong_token_is_found_at_each_position(models, drafted, position):
+    tokens = [list(tokens) for tokens, _ in drafted[3]]
+    tokens[1][position] = (tokens[1][position] + 1) % tiny.VOCAB
+    (first, *_) = checked(models, drafted, tokens)["wrong"]
+    assert f"after 9 tokens: draft token {position} is" in first
+
+
+def test_a_draft_of_another_text_is_found(models, drafted):
+    first, second, third = [tokens for tokens, _ in drafted[3]]
+    assert any("after 4 tokens" in wrong for wrong in checked(models, drafted, [second, first, third])["wrong"])
+
+
+def test_a_wrong_distribution_is_found(models, drafted):
+    tokens = [tokens for tokens, _ in drafted[3]]
+    even = torch.full((7, tiny.VOCAB), 1 / tiny.VOCAB)
+    assert "distribution 0" in checked(models, drafted, tokens, spread=even, temperature=1.0)["wrong"][0]
+
+
+def test_wrong_confidences_are_found(models, drafted):
+    tokens = [tokens for tokens, _ in drafted[3]]
+    confidence = torch.full((7,), 0.5), 0.5, torch.zeros(7)
+    assert "confidence 0" in checked(models, drafted, tokens, confidence=confidence)["wrong"][0]

@@ -1,0 +1,242 @@
+"""Holds what an engine drafted to the equations: every draft of its requests, given the text verified before it.
+
+The target's features come from transformers' plain pass over the whole text, or, for a target that transformers does
+not run as the engine does (quantised, with adapters), from what the engine gave its drafter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference_drafter import ReferenceDrafter
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+@dataclass
+class Draft:
+    """One request's draft of one step.
+
+    length: verified tokens before it, the newest of which no target pass has read.  tokens: the K drafted.
+    spread: what they were drawn from where they were not the likeliest, ``[K, V]`` probabilities.
+    temperature: of the request.  confidence: what adaptive verification takes for the chance of each token, ``[K]``,
+    with the slope and the intercepts ``[K]`` that it was made with.
+    """
+
+    request: str
+    length: int
+    tokens: list[int]
+    spread: Tensor | None = None
+    temperature: float = 0.0
+    confidence: tuple[Tensor, float, Tensor] | None = None
+
+
+@dataclass
+class Record:
+    """What an engine drafted.  texts: all tokens of each request; features: the target's, by position, each ``[H]``.
+
+    dropped: drafts of more than `most`, not kept.  wrong: what was seen to be wrong at once.
+    """
+
+    most: int = 400
+    drafts: list[Draft] = field(default_factory=list)
+    texts: dict[str, list[int]] = field(default_factory=dict)
+    features: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    dropped: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    def add(self, draft: Draft) -> None:
+        if len(self.drafts) < self.most:
+            self.drafts.append(draft)
+        else:
+            self.dropped += 1
+
+    def finished(self) -> list[tuple[list[int], Draft]]:
+        """Drafts of texts that are known so far, each after its verified tokens."""
+        return [
+            (self.texts[draft.request][: draft.length], draft)
+            for draft in self.drafts
+            if len(self.texts.get(draft.request, ())) >= draft.length
+        ]
+
+
+@dataclass
+class ManyDrafts(ReferenceDrafter):
+    """The equations of `ReferenceDrafter` for many drafts of a text in one pass, whatever the number of serial steps.
+
+    allowed ``[V]`` bool: tokens of a draft vocabulary.
+    """
+
+    num_serial_steps: int = 2
+    allowed: Tensor | None = None
+
+    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x ``[N, heads, D]`` at ``positions [N]``: pairs (i, i + D/2) turned by position * theta^(-2i/D)."""
+        half = self.head_dim // 2
+        frequencies = self.rope_theta ** (-2 * torch.arange(half, dtype=torch.float64) / self.head_dim)
+        angles = positions[:, None].double() * frequencies
+        cos, sin = angles.cos().float()[:, None], angles.sin().float()[:, None]
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    def masked_layer(self, x: Tensor, index: int, positions: Tensor, seen: Tensor) -> Tensor:
+        at = f"layers.{index}."
+        y = x if index == 0 else self.norm(x, f"{at}input_layernorm.weight")
+
+        def project(name: str, heads: int) -> Tensor:
+            return (y @ self.weights[f"{at}self_attn.{name}.weight"].T).view(len(y), heads, self.head_dim)
+
+        q = self.rotated(project("q_proj", self.num_heads), positions)
+        k = self.rotated(project("k_proj", self.num_kv_heads), positions)
+        shared = torch.arange(self.num_heads) * self.num_kv_heads // self.num_heads
+        scores = torch.einsum("qhd,khd->hqk", q, k[:, shared]) / self.head_dim**0.5
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        mixed = torch.einsum("hqk,khd->qhd", weights, project("v_proj", self.num_kv_heads)[:, shared])
+        x = x + mixed.flatten(1) @ self.weights[f"{at}self_attn.o_proj.weight"].T
+        y = self.norm(x, f"{at}post_attention_layernorm.weight")
+        gate = torch.nn.functional.silu(y @ self.weights[f"{at}mlp.gate_proj.weight"].T)
+        return (
+            x + (gate * (y @ self.weights[f"{at}mlp.up_proj.weight"].T)) @ self.weights[f"{at}mlp.down_proj.weight"].T
+        )
+
+    def logits(self, tokens: Tensor, features: Tensor, lengths: Tensor, drafted: Tensor) -> Tensor:
+        """Draft logits ``[D, K, V]`` after the first ``lengths [D]`` tokens of a text.
+
+        tokens ``[T + 1]``, features ``[T, H]`` of the target.  drafted ``[D, K]``: serial tokens that later steps go on
+        from, so that one difference does not make all behind it differ.
+        """
+        text = self.fuse(tokens[1:], features)
+        count, anchors = len(text), lengths - 2
+        nodes, positions = [text], [torch.arange(count)]
+        layers = len({name.split(".")[1] for name in self.weights if name.startswith("layers.")})
+        hidden, own = [], []
+        for step in range(min(self.num_serial_steps, drafted.shape[1])):
+            x, where = torch.cat(nodes), torch.cat(positions)
+            owner = torch.cat((torch.full((count,), -1), torch.arange(len(anchors)).repeat(step)))
+            # A row of the text sees the text up to itself; a drafted one what its draft saw, and that draft's own.
+            newest = torch.cat((torch.arange(count), anchors.repeat(step)))
+            in_text = (owner == -1)[None] & (where[None] <= newest[:, None])
+            seen = in_text | ((owner[None] == owner[:, None]) & (owner != -1)[None] & (where[None] <= where[:, None]))
+            for index in range(layers):
+                x = self.masked_layer(x, index, where, seen)
+            hidden.append(x[anchors] if step == 0 else x[-len(anchors) :])
+            own.append(self.fuse(drafted[:, step], hidden[-1]))
+            nodes.append(own[-1])
+            positions.append(anchors + step + 1)
+        count_heads = drafted.shape[1] - self.num_serial_steps
+        heads = [self.head(torch.cat(own, dim=-1), index) for index in range(max(0, count_heads))]
+        found = torch.stack((*hidden, *heads), dim=1) @ self.lm_head.T
+        return found if self.allowed is None else found.masked_fill(~self.allowed, -torch.inf)
+
+
+def plain_target(folder: Path) -> Any | None:
+    """The target as transformers runs it in float32; None where its weights are quantised."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if getattr(AutoConfig.from_pretrained(folder), "quantization_config", None):
+        return None
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def reference_of(target: Path, checkpoint: Path) -> ManyDrafts:
+    """The equations with a checkpoint's tensors; layer settings are its config's, else the target's."""
+    from transformers import AutoConfig
+
+    from vllm_gumiho.checkpoint.tensors import D2T
+    from vllm_gumiho.drafters.checkpoints import open_checkpoint
+
+    opened, config = open_checkpoint(checkpoint), AutoConfig.from_pretrained(target)
+    weights = {name: tensor.float() for name, tensor in opened.tensors() if name != D2T}
+    places = {name: tensor for name, tensor in opened.tensors() if name == D2T}
+    layer = config.to_dict() | dict(opened.layer_config)
+    rope = layer.get("rope_parameters") or {}
+    assert rope.get("rope_type", "default") == "default", f"no reference for {rope}"
+    head_dim = layer.get("head_dim") or layer["hidden_size"] // layer["num_attention_heads"]
+    own = load_file(target / "model.safetensors")
+    embed = own["model.embed_tokens.weight"].float()
+    allowed = None
+    if D2T in places:
+        allowed = torch.zeros(len(embed), dtype=torch.bool)
+        allowed[torch.arange(len(places[D2T])) + places[D2T]] = True
+    weights.setdefault("fc.bias", torch.zeros(embed.shape[1]))
+    first = next(tensor for name, tensor in weights.items() if name == "mlp.0.0.linear.weight")
+    return ManyDrafts(
+        weights=weights,
+        embed=embed,
+        lm_head=own.get("lm_head.weight", embed).float(),
+        num_heads=len(weights["layers.0.self_attn.q_proj.weight"]) // head_dim,
+        num_kv_heads=len(weights["layers.0.self_attn.k_proj.weight"]) // head_dim,
+        head_dim=head_dim,
+        rope_theta=float(layer.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+        eps=layer["rms_norm_eps"],
+        num_serial_steps=first.shape[1] // first.shape[0],
+        allowed=allowed,
+    )
+
+
+@torch.no_grad()
+def check(record: Record, target: Path, checkpoint: Path, longest: int, exact: bool, engines_features: bool) -> dict:
+    """``compared``: draft tokens and distributions held to the equations; ``wrong``: what differs, in words.
+
+    longest: the engine's max_model_len; tokens behind it are never verified.  exact: the engine computes in float32;
+    else a token may be one that the equations like nearly as well.  engines_features: take the engine's.
+    """
+    reference = reference_of(target, checkpoint)
+    model = None if engines_features else plain_target(target)
+    wrong = list(record.wrong)
+    compared = 0
+    by_request: dict[str, list[Draft]] = {}
+    for _, draft in record.finished():
+        by_request.setdefault(draft.request, []).append(draft)
+    for request, drafts in by_request.items():
+        # Later steps of the last drafts alone need the text's last token.
+        tokens = torch.tensor(record.texts[request][: max(draft.length for draft in drafts)])
+        if model is None:
+            kept = record.features[request]
+            features = torch.stack([kept[position] for position in range(len(tokens) - 1)]).float()
+        else:
+            features = model.model(tokens[None, :-1]).last_hidden_state[0]
+        for width in {len(draft.tokens) for draft in drafts}:
+            some = [draft for draft in drafts if len(draft.tokens) == width]
+            drafted = torch.tensor([draft.tokens for draft in some])
+            logits = reference.logits(tokens, features, torch.tensor([draft.length for draft in some]), drafted)
+            for draft, found in zip(some, logits, strict=True):
+                reached = max(0, min(width, longest - draft.length))
+                compared += reached
+                wrong += differences(draft, found[:reached], exact) if reached else []
+    return {"compared": compared, "requests": len(by_request), "wrong": wrong[:20], "dropped": record.dropped}
+
+
+def differences(draft: Draft, logits: Tensor, exact: bool) -> list[str]:
+    """What is wrong with a draft by the reference's logits ``[K, V]``."""
+    where = f"request {draft.request}, after {draft.length} tokens"
+    wrong = [] if draft.confidence is None else unlike_confidences(where, draft, logits)
+    if draft.spread is not None and draft.temperature > 0:
+        apart = (draft.spread[: len(logits)] - (logits / draft.temperature).softmax(-1)).abs().amax(-1)
+        return wrong + [f"{where}: distribution {j} is {x:.4f} off" for j, x in enumerate(apart.tolist()) if x > 1e-3]
+    # float32 sums in another order differ by 1e-5 of their size; bfloat16 rounds features to 1 part in 256, stage upon
+    # stage.
+    finite = logits[logits.isfinite()].abs().max()
+    allowed = (1e-4 if exact else 3e-2) * finite.clamp(min=1.0)
+    tokens = torch.tensor(draft.tokens[: len(logits)])
+    gaps = logits.amax(-1) - logits.gather(1, tokens[:, None])[:, 0]
+    return wrong + [
+        f"{where}: draft token {j} is {draft.tokens[j]}, not {int(logits[j].argmax())} ({gap:.4f} better)"
+        for j, gap in enumerate(gaps.tolist())
+        if not gap <= float(allowed)
+    ]
+
+
+def unlike_confidences(where: str, draft: Draft, logits: Tensor) -> list[str]:
+    """By vLLM's formula: sigmoid(slope * log-odds of the likeliest token + intercept of the position)."""
+    assert draft.confidence is not None
+    found, slope, intercepts = draft.confidence
+    heated = logits / (draft.temperature or 1.0)
+    best = heated.softmax(-1).amax(-1).double()
+    odds = (best / (1 - best)).log().clamp(-40, 40)
+    wanted = (slope * odds + intercepts[: len(logits)]).sigmoid()
+    apart = (found[: len(logits)] - wanted).abs().tolist()
+    return [f"{where}: confidence {j} is {gap:.4f} off" for j, gap in enumerate(apart) if gap > 1e-3]
