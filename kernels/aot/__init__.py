@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_gumiho.kernels.parallel_heads.tiling import Device, choose_tiling
+from vllm_gumiho.kernels.lm_head_argmax.tiles import ROW_TILES
+from vllm_gumiho.kernels.parallel_heads.tiling import BATCH_TILES, Device, choose_tiling
 
 TARGETS = {
     "cuda:80": Device(108, 164 << 10, 163 << 10, native_fp8=False),
     "cuda:90": Device(132, 228 << 10, 227 << 10),
-    "hip:gfx942": Device(304, 64 << 10, 64 << 10),
+    "hip:gfx942": Device(304, 64 << 10, 64 << 10, native_fp8=False, amd=True),
 }
 _ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
 
@@ -34,6 +35,7 @@ class Report:
     spills: int
     shared: int  # bytes
     shared_limit: int  # bytes: what the tile choice counted with
+    in_flight: int | None = None  # bytes of a program that are under way at once, by its instructions
 
 
 def _gpu_target(name: str) -> Any:
@@ -82,6 +84,33 @@ def _registers_and_spills(compiled: Any) -> tuple[int, int]:
     return found["vgpr_count"], found["vgpr_spill_count"]
 
 
+def _bytes_in_flight(compiled: Any) -> int:
+    """The most bytes of a program's loads that are under way at once, read off the instructions in their order.
+
+    NVIDIA: copies to shared memory, by the groups that a wait leaves open.  AMD: loads to registers, until a wait for
+    all of them.
+    """
+    nvidia = "ptx" in compiled.asm
+    threads = compiled.metadata.num_warps * (32 if nvidia else 64)
+    load = (
+        r"cp\.async\.c[ag]\.shared\.global\S* \[[^]]*\], \[[^]]*\], 0x(?P<bytes>\w+)"
+        if nvidia
+        else r"(?:global|buffer)_load_dword(?:x(?P<words>\d))? "
+    )
+    groups, most = [0], 0
+    for line in compiled.asm["ptx" if nvidia else "amdgcn"].splitlines():
+        if found := re.search(load, line):
+            groups[-1] += threads * (int(found["bytes"], 16) if nvidia else 4 * int(found["words"] or 1))
+            most = max(most, sum(groups))
+        elif "cp.async.commit_group" in line:
+            groups.append(0)
+        elif wait := re.search(r"cp\.async\.wait_group\s+(?:0x)?(\d+)", line):
+            groups = groups[max(0, len(groups) - 1 - int(wait[1])) :]
+        elif "vmcnt(0)" in line:
+            groups = [0]
+    return most
+
+
 def heads_reports(target: str, hidden: int, batch: int, dtype: str, weights: str, heads: int = 5) -> Iterator[Report]:
     """The parallel heads in the form that the target uses: one launch with barriers, or the two kinds of stage."""
     from vllm_gumiho.kernels.parallel_heads.triton import MAX_POLLS, parallel_heads_kernel
@@ -117,7 +146,8 @@ def heads_reports(target: str, hidden: int, batch: int, dtype: str, weights: str
         tile = f"{tiling.block_h}x{tiling.block_k} depth {tiling.num_stages}"
         registers, spills = _registers_and_spills(compiled)
         limit = min(tiling.shared_bytes(*sizes), device.shared_per_program)
-        yield Report("parallel_heads", target, f"{shape}, {tile}", registers, spills, compiled.metadata.shared, limit)
+        shared, in_flight = compiled.metadata.shared, _bytes_in_flight(compiled)
+        yield Report("parallel_heads", target, f"{shape}, {tile}", registers, spills, shared, limit, in_flight)
 
 
 def argmax_reports(target: str, hidden: int, rows: int, dtype: str) -> Iterator[Report]:
@@ -142,23 +172,27 @@ def argmax_reports(target: str, hidden: int, rows: int, dtype: str) -> Iterator[
     compiled = _compile(partial_argmax_kernel, target, pointers, integers, constants, tiling.num_warps)
     limit = device.shared_per_program
     shape = f"H={hidden} R={tiling.block_r} {dtype}"
-    yield Report("partial_argmax", target, shape, *_registers_and_spills(compiled), compiled.metadata.shared, limit)
+    shared, in_flight = compiled.metadata.shared, _bytes_in_flight(compiled)
+    yield Report("partial_argmax", target, shape, *_registers_and_spills(compiled), shared, limit, in_flight)
     pointers = {"top_ptr": "fp32", "index_ptr": "i32", "ids_ptr": "i64", "logits_ptr": "fp32"}
     compiled = _compile(reduce_argmax_kernel, target, pointers, "tiles index_offset", {"BLOCK_T": 1024}, 4)
     yield Report("reduce_argmax", target, "any", *_registers_and_spills(compiled), compiled.metadata.shared, limit)
 
 
-def reports(targets: list[str], hidden_sizes: list[int], batches: list[int], pairs: list[str]) -> Iterator[Report]:
+def reports(
+    targets: list[str], hidden_sizes: list[int], batches: list[int], pairs: list[str], heads: list[int]
+) -> Iterator[Report]:
     """Every kernel at every shape; pairs: ``dtype:weights``, as ``bf16:fp8``."""
     for target in targets:
         for pair in pairs:
             dtype, weights = pair.split(":")
             for hidden in hidden_sizes:
                 for batch in batches:
-                    yield from heads_reports(target, hidden, batch, dtype, weights)
-                    if weights == dtype:
-                        for rows in (batch, 5 * batch):  # a serial step's, and those of five heads
-                            yield from argmax_reports(target, hidden, rows, dtype)
+                    for count in heads:
+                        yield from heads_reports(target, hidden, batch, dtype, weights, count)
+                if weights == dtype:
+                    for rows in ROW_TILES:
+                        yield from argmax_reports(target, hidden, rows, dtype)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,7 +200,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vllm_gumiho.kernels.aot", description=__doc__)
     parser.add_argument("--target", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--hidden", nargs="+", type=int, default=[4096])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 32, 64])
+    parser.add_argument("--batch", nargs="+", type=int, default=list(BATCH_TILES))
+    parser.add_argument("--heads", nargs="+", type=int, default=[5])
     parser.add_argument("--dtype", nargs="+", default=["bf16:bf16", "fp16:fp16", "fp32:fp32", "bf16:fp8"])
     parser.add_argument("--output", "--json", type=Path, help="also write the reports to this file")
     args = parser.parse_args(argv)
@@ -177,13 +212,13 @@ def main(argv: list[str] | None = None) -> int:
         print("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it", file=sys.stderr)
         return 2
     found: list[Report] = []
-    for report in reports(args.target, args.hidden, args.batch, args.dtype):
+    for report in reports(args.target, args.hidden, args.batch, args.dtype, args.heads):
         if report in found:
             continue
         found.append(report)
         print(
             f"{report.target:<11} {report.kernel:<15} {report.registers:>4} registers {report.spills:>4} spilled "
-            f"{report.shared:>7} B shared  {report.shape}",
+            f"{report.shared:>7} B shared {report.in_flight or 0:>7} B under way  {report.shape}",
             flush=True,
         )
     if args.output:

@@ -3,19 +3,25 @@
 from vllm_gumiho.kernels.lm_head_argmax.dispatch import launches, lm_head_argmax, vocab_parallel_argmax
 from vllm_gumiho.kernels.lm_head_argmax.reference import (
     TopToken,
+    lm_head_argmax_logits,
     lm_head_argmax_reference,
     pack_pairs,
     reduce_pairs,
     reduce_shards,
 )
+from vllm_gumiho.kernels.lm_head_argmax.tiles import MAX_ROWS, row_tile, row_tiles
 
 __all__ = [
+    "MAX_ROWS",
     "TopToken",
     "launches",
     "lm_head_argmax",
+    "lm_head_argmax_logits",
     "lm_head_argmax_reference",
     "pack_pairs",
     "reduce_pairs",
     "reduce_shards",
+    "row_tile",
+    "row_tiles",
     "vocab_parallel_argmax",
 ]

@@ -10,30 +10,38 @@ from torch import Tensor
 
 from vllm_gumiho.kernels.lm_head_argmax.reference import (
     TopToken,
+    lm_head_argmax_logits,
     lm_head_argmax_reference,
     pack_pairs,
     reduce_pairs,
 )
+from vllm_gumiho.kernels.lm_head_argmax.tiles import MAX_ROWS
 from vllm_gumiho.kernels.parallel_heads.dispatch import interpreting
 
 launches: Counter[str] = Counter()
-"""Calls so far: ``triton`` and ``reference``; a replayed CUDA graph counts once, at its capture."""
+"""Calls so far: ``triton``, ``logits`` and ``reference``; a replayed CUDA graph counts once, at its capture."""
 
 
-def lm_head_argmax(rows: Tensor, weight: Tensor, vocab_size: int | None = None, index_offset: int = 0) -> TopToken:
+def lm_head_argmax(
+    rows: Tensor, weight: Tensor, vocab_size: int | None = None, index_offset: int = 0, kernel: bool = True
+) -> TopToken:
     """rows ``[R, H]`` x weight ``[V, H]`` of one dtype -> ids ``[R]`` int64 and top logits ``[R]`` float32.
 
     vocab_size: rows of weight that are real tokens; padding behind them never wins.  A shard of a vocabulary that is
     split over devices gives its first token as ``index_offset``; `vocab_parallel_argmax` does that and the rest.
+    kernel: false for logits by the library, as above `MAX_ROWS` rows.
     """
     size = weight.shape[0] if vocab_size is None else min(vocab_size, weight.shape[0])
     if size < 1:
         raise ValueError("the argmax of an empty vocabulary has no answer")
     runs = rows.device.type == "cuda" or (rows.device.type == "cpu" and interpreting())
-    kernel = runs and rows.dtype == weight.dtype and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    launches["triton" if kernel else "reference"] += 1
-    if not kernel:
+    if not runs or rows.dtype != weight.dtype or rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        launches["reference"] += 1
         return lm_head_argmax_reference(rows, weight, size, index_offset)
+    if not kernel or rows.shape[0] > MAX_ROWS:
+        launches["logits"] += 1
+        return lm_head_argmax_logits(rows, weight, size, index_offset)
+    launches["triton"] += 1
 
     from vllm_gumiho.kernels.lm_head_argmax.triton import lm_head_argmax_triton
 
@@ -41,7 +49,12 @@ def lm_head_argmax(rows: Tensor, weight: Tensor, vocab_size: int | None = None, 
 
 
 def vocab_parallel_argmax(
-    rows: Tensor, weight: Tensor, vocab_size: int, index_offset: int, gather: Callable[[Tensor], Tensor]
+    rows: Tensor,
+    weight: Tensor,
+    vocab_size: int,
+    index_offset: int,
+    gather: Callable[[Tensor], Tensor],
+    kernel: bool = True,
 ) -> TopToken:
     """The top tokens ``[R]`` over a vocabulary whose LM head is split over P ranks; every rank gets them all.
 
@@ -49,7 +62,7 @@ def vocab_parallel_argmax(
     ``index_offset`` on.  gather: ``[R, 2]`` float32 of each rank -> ``[P, R, 2]``; no more is sent.
     """
     if vocab_size > 0:
-        top = lm_head_argmax(rows, weight, vocab_size, index_offset)
+        top = lm_head_argmax(rows, weight, vocab_size, index_offset, kernel)
     else:  # padding only: loses even among logits of -inf, as its id is the highest
         ids = rows.new_full((rows.shape[0],), torch.iinfo(torch.int32).max, dtype=torch.int64)
         top = TopToken(ids, rows.new_full(ids.shape, -torch.inf, dtype=torch.float32))

@@ -1,4 +1,4 @@
-"""Plain torch definition of the LM head's argmax: the ground truth for the kernel.
+"""Plain torch definition of the LM head's argmax, the ground truth for the kernel; and the library's way.
 
     logit[r, v] = sum over h of rows[r, h] * weight[v, h]      v < vocab_size
     id[r] = index_offset + the lowest v with the largest logit[r, v]
@@ -29,6 +29,15 @@ def lm_head_argmax_reference(
     logits = logits.masked_fill(logits.isnan(), torch.inf)
     ids = logits.argmax(dim=-1)
     return TopToken(ids + index_offset, logits.gather(1, ids[:, None])[:, 0])
+
+
+def lm_head_argmax_logits(
+    rows: Tensor, weight: Tensor, vocab_size: int | None = None, index_offset: int = 0
+) -> TopToken:
+    """The same from logits of the library's product, which are rounded to the rows' dtype: ties may fall otherwise."""
+    top = (rows @ weight[:vocab_size].T).max(dim=-1)
+    values = top.values.float()
+    return TopToken(top.indices + index_offset, values.masked_fill(values.isnan(), torch.inf))
 
 
 def reduce_shards(ids: Tensor, logits: Tensor) -> TopToken:

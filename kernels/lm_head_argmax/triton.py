@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_gumiho.kernels.lm_head_argmax.reference import TopToken
+from vllm_gumiho.kernels.lm_head_argmax.tiles import row_tile
 
 # Triton's interpreter multiplies the bit patterns of bfloat16 operands (create_dot, triton 3.9): widen them there.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
@@ -83,11 +84,17 @@ class ArgmaxTiling:
 
 
 def choose_argmax_tiling(rows: int, element_size: int, small_shared: bool = False) -> ArgmaxTiling:
-    """Tiles for R rows; ``small_shared``: 64 KiB of shared memory per processor or thereabouts."""
-    block_r = min(64, max(16, 1 << (rows - 1).bit_length()))
+    """Tiles for up to `MAX_ROWS` rows; ``small_shared``: 64 KiB of shared memory per processor or thereabouts.
+
+    One block of rows, so that weights pass through the L2 once, and more tokens a tile where there are more rows, which
+    every tile of tokens reads again.
+    """
+    block_r = row_tile(rows)
     if element_size == 4:
         return ArgmaxTiling(16, block_r, 32, 3)
-    return ArgmaxTiling(64, block_r, 128 if block_r <= 32 else 64, 3 if small_shared else 4)
+    if block_r <= 32:
+        return ArgmaxTiling(64, block_r, 128, 3 if small_shared else 4)
+    return ArgmaxTiling(128, block_r, 64, 2 if small_shared else 4, 8)
 
 
 def lm_head_argmax_triton(

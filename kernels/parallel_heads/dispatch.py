@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_gumiho.kernels.parallel_heads.batched import parallel_heads_batched
 from vllm_gumiho.kernels.parallel_heads.fp8 import HeadScales, dequantize_heads
-from vllm_gumiho.kernels.parallel_heads.reference import HEAD_STAGES, HeadWeights
+from vllm_gumiho.kernels.parallel_heads.reference import GAVE_UP, HeadWeights
 from vllm_gumiho.kernels.parallel_heads.tiling import MAX_BATCH, Device, choose_tiling
 
 
@@ -46,23 +46,44 @@ def _device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     per_processor = properties.shared_memory_per_multiprocessor
     per_program = getattr(properties, "shared_memory_per_block_optin", per_processor)
-    native = torch.version.hip is not None or (properties.major, properties.minor) >= (8, 9)
-    return Device(properties.multi_processor_count, per_processor, per_program or per_processor, native)
+    amd = torch.version.hip is not None
+    capability = getattr(properties, "gcnArchName", "") if amd else (properties.major, properties.minor)
+    shared = per_processor, per_program or per_processor
+    return Device(properties.multi_processor_count, *shared, converts_e4m3(capability), amd)
+
+
+def converts_e4m3(capability: str | tuple[int, int]) -> bool:
+    """Whether a device, by AMD's architecture or NVIDIA's compute capability, converts float8 e4m3fn in hardware.
+
+    gfx942 has another e4m3, with a bias of one more and no negative zero.
+    """
+    if isinstance(capability, str):
+        return capability.startswith(("gfx950", "gfx12"))
+    return capability >= (8, 9)
 
 
 @functools.cache
-def cooperative_launch(index: int) -> bool:
-    """Whether the driver offers NVIDIA device ``index`` launches whose programs all start, or none of them."""
-    try:
-        driver, device, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_int()
+def single_launch_problem(index: int) -> str | None:
+    """Why programs of NVIDIA device ``index`` may not wait for each other within a launch; None where they may."""
+
+    def attribute(number: int) -> int:
+        device, value = ctypes.c_int(), ctypes.c_int()
         if driver.cuDeviceGet(ctypes.byref(device), index):
-            return False
-        return not driver.cuDeviceGetAttribute(ctypes.byref(value), _COOPERATIVE_LAUNCH, device) and value.value == 1
-    except (OSError, AttributeError):
-        return False
+            return 0
+        return 0 if driver.cuDeviceGetAttribute(ctypes.byref(value), number, device) else value.value
+
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        if attribute(_COOPERATIVE_LAUNCH) != 1:
+            return "the driver offers no cooperative launch, which the barrier inside the launch needs"
+        # Another process's programs may hold the processors that a waiting launch needs.
+        return "MPS shares the GPU among processes" if attribute(_MPS_ENABLED) else None
+    except (OSError, AttributeError) as error:
+        return f"the driver cannot be asked for cooperative launches ({type(error).__name__})"
 
 
 _COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
+_MPS_ENABLED = 133  # CU_DEVICE_ATTRIBUTE_MPS_ENABLED
 # In place of a GPU under the interpreter: few programs, so that each gets several tiles.
 _INTERPRETED = Device(processors=2, shared_per_processor=228 << 10, shared_per_program=227 << 10)
 
@@ -96,20 +117,20 @@ def choose_path(m: Tensor, weights: HeadWeights, scales: HeadScales | None = Non
     if torch.version.hip is not None:
         # The barrier of a workgroup's threads waits for shared memory only there, not for global stores.
         return HeadsPath.STAGES, "the barrier inside the launch is built for NVIDIA devices"
-    if not cooperative_launch(m.device.index or 0):
-        return HeadsPath.STAGES, "the driver offers no cooperative launch, which the barrier inside the launch needs"
-    return HeadsPath.FUSED, f"batch {batch} fits one launch"
+    problem = single_launch_problem(m.device.index or 0)
+    return (HeadsPath.FUSED, f"batch {batch} fits one launch") if problem is None else (HeadsPath.STAGES, problem)
 
 
 _kept_counters: dict[torch.device, Tensor] = {}
 
 
 def new_counters(device: torch.device) -> Tensor:
-    """Barrier counters ``[7]`` int32, zero; every launch leaves the first six zero again.
+    """Barrier counters ``[6]`` int32, zero; every launch leaves the first one zero and sets the next four anew.
 
-    The seventh stays 1 once a wait has given up.  Two launches that may run at the same time need two sets.
+    The last, at `GAVE_UP`, stays set once a wait has given up.  Two launches that may run at the same time need two
+    sets.
     """
-    return torch.zeros(HEAD_STAGES + 1, dtype=torch.int32, device=device)
+    return torch.zeros(GAVE_UP + 1, dtype=torch.int32, device=device)
 
 
 def _counters(device: torch.device) -> Tensor:

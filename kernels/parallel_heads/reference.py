@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HEAD_STAGES = 6
+GAVE_UP = HEAD_STAGES - 1
+"""Place, behind the five of the barriers, of the counter that stays set once a wait has given up."""
 SPACING = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Error of one stored z as a share of the largest: the spacing of the numbers around 1, as Triton's interpreter
 truncates to bfloat16.  float32: the sums' order instead, eight roundings being ample for K up to 3072."""

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_BATCH = 64
+MAX_BATCH = 32
+"""Above it the kernel's inputs pass through the L2 as often as its weights, and the library's products are faster."""
+BATCH_TILES = (16, 32)
 _KEPT_BACK = 1024  # bytes of shared memory the driver takes for each resident program
+# What the model of a stage's time rests on, of an H100: 3.05 TB/s of memory, at least 5.5 TB/s from the L2, and bytes
+# on their way to each processor at which the memory is busy.
+_L2_OVER_MEMORY = 1.8
+_BYTES_NEEDED = 36 << 10
 
 
 @dataclass(frozen=True)
@@ -16,6 +22,7 @@ class Device:
     shared_per_processor: int  # bytes
     shared_per_program: int  # bytes, the most one program may ask for
     native_fp8: bool = True  # converts e4m3 in hardware
+    amd: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,45 +46,76 @@ class Tiling:
         pair = self.block_k * (self.block_h * weight_bytes + self.block_b * activation_bytes)
         return int(pair * (self.num_stages + (1.25 if self.block_h == 64 else -0.5)))
 
+    def bytes_in_flight(self, weight_bytes: int) -> int:
+        """Weights of one program that are on their way while it multiplies."""
+        return (self.num_stages - 1) * self.block_h * self.block_k * weight_bytes
+
+    def traffic(self, weight_bytes: int, activation_bytes: int) -> float:
+        """Bytes that pass through the L2 for a byte of weights: every tile of rows reads the whole input again."""
+        return 1 + self.block_b * activation_bytes / (self.block_h * weight_bytes)
+
 
 def batch_tile(batch: int) -> int:
     """The padded batch: a power of two of at least 16, which is what matrix instructions take."""
     return max(16, 1 << (batch - 1).bit_length())
 
 
-def balance(rows: int, heads: int, block_h: int, processors: int) -> float:
-    """Share of the processors' time in use when whole tiles are dealt out: 1 is perfect."""
+def balance(rows: int, heads: int, block_h: int, programs: int) -> float:
+    """Share of the programs' time in use when whole tiles are dealt out in turn: 1 is perfect."""
     tiles = heads * -(-rows // block_h)
-    return tiles / (-(-tiles // processors) * processors)
+    return tiles / (-(-tiles // programs) * programs)
 
 
-def _shapes(weight_bytes: int, block_b: int) -> tuple[tuple[int, ...], int]:
+def stage_time(rows: int, heads: int, tiling: Tiling, weight_bytes: int, activation_bytes: int, device: Device) -> float:
+    """A stage's time over that of its weights at the memory's full speed: a model, for comparing tilings.
+
+    Programs deal out whole rounds; in the last one, perhaps of few tiles, fewer bytes are on their way.  Not below what
+    the L2 takes for weights and inputs.
+    """
+    tiles = heads * -(-rows // tiling.block_h)
+    needed = _BYTES_NEEDED * device.processors
+    time = 0.0
+    for count in (tiles - tiles % tiling.programs, tiles % tiling.programs):
+        busy = min(count, tiling.programs) * tiling.bytes_in_flight(weight_bytes)
+        time += count / min(1.0, busy / needed) if count else 0.0
+    return max(time / tiles, tiling.traffic(weight_bytes, activation_bytes) / _L2_OVER_MEMORY)
+
+
+def _shapes(weight_bytes: int) -> tuple[tuple[int, ...], int]:
     """Rows to choose from and K block: rows of 128 to 512 bytes, tiles that the registers hold without spilling."""
     if weight_bytes == 4:
         return (16,), 32
     if weight_bytes == 1:
-        return (32, 16), 256 if block_b <= 32 else 128
-    return (64, 32, 16) if block_b <= 32 else (64, 32), 128
+        return (32, 16), 256
+    return (64, 32, 16), 128
 
 
 def choose_tiling(
     batch: int, heads: int, hidden: int, weight_bytes: int, activation_bytes: int, device: Device
 ) -> Tiling:
-    """Tile rows that share out evenly (larger ones where two do about equally), then the deepest pipeline that fits.
+    """The fastest tiling by `stage_time`, with the deepest pipeline that fits; the same for all batches of a tile.
 
-    Two programs per processor where the shared memory allows: one loads while the other stores or waits.
+    Of those within 2 %: two programs per processor, of which one loads while the other stores or waits, then more rows.
+    On AMD, where a launch has no barrier inside: a program for each tile, a second tile on its way.
     """
     block_b = batch_tile(batch)
-    rows, block_k = _shapes(weight_bytes, block_b)
-    shares = {h: balance(hidden, heads, h, device.processors) for h in rows}
-    for block_h in sorted(rows, key=lambda h: (shares[h] < max(shares.values()) - 0.02, -h)):
+    sizes = weight_bytes, activation_bytes
+    rows, block_k = _shapes(weight_bytes)
+    if device.amd:
+        block_h = rows[0]
+        return Tiling(block_h, block_b, block_k, 2, 4, heads * -(-hidden // block_h), device.native_fp8)
+    found: list[tuple[float, int, Tiling]] = []
+    for block_h in rows:
         for per_processor in (2, 1):
             for num_stages in (5, 4, 3, 2):
-                tiling = Tiling(
-                    block_h, block_b, block_k, num_stages, 4, device.processors * per_processor, device.native_fp8
-                )
-                shared = tiling.shared_bytes(weight_bytes, activation_bytes)
+                programs = device.processors * per_processor
+                tiling = Tiling(block_h, block_b, block_k, num_stages, 4, programs, device.native_fp8)
+                shared = tiling.shared_bytes(*sizes)
                 fits = per_processor * (shared + _KEPT_BACK) <= device.shared_per_processor
                 if fits and shared <= device.shared_per_program and (num_stages > 2 or per_processor == 1):
-                    return tiling
-    raise ValueError(f"no tile of H={hidden}, batch {batch} fits {device.shared_per_program} bytes of shared memory")
+                    found.append((stage_time(hidden, heads, tiling, *sizes, device), per_processor, tiling))
+                    break
+    if not found:
+        raise ValueError(f"no tile of H={hidden}, batch {batch} fits {device.shared_per_program} bytes of shared memory")
+    fastest = min(time for time, _, _ in found)
+    return max((one for one in found if one[0] <= 1.02 * fastest), key=lambda one: (one[1], one[2].block_h))[2]

@@ -15,9 +15,10 @@ the rows of one request together, as the LM head wants them.
 
 Barrier: ``counters[j]`` counts the programs that finished stage j.  A program's stores are made visible by a barrier of
 its threads and then one add with release order by one thread; the wait polls with acquire order and is followed by a
-barrier of the threads.  ``counters[5]`` counts departures: the last program to leave sets these six back to zero, so
-that the next launch, or the next replay of a CUDA graph, finds them as this one did.  A wait gives up after MAX_POLLS
-polls, sets ``counters[6]`` for good, and the launch ends with a wrong z: it cannot hang.
+barrier of the threads.  Program 0 zeroes ``counters[1..4]`` before it arrives at the first barrier, which nobody passes
+before that, and ``counters[0]`` behind the second, which nobody reaches who still waits at the first: whatever a launch
+finds in them, the next one, or the next replay of a CUDA graph, is right.  A wait gives up after MAX_POLLS polls and
+sets ``counters[5]`` for good; the launch, and each one that finds it set, ends without waiting, with a wrong z.
 
 The same function runs one stage per launch (``BARRIER`` false): the order of launches then takes the barrier's place.
 """
@@ -32,12 +33,14 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_gumiho.kernels.parallel_heads.fp8 import HeadScales
-from vllm_gumiho.kernels.parallel_heads.reference import HEAD_STAGES, HeadWeights
+from vllm_gumiho.kernels.parallel_heads.reference import GAVE_UP, HEAD_STAGES, HeadWeights
 from vllm_gumiho.kernels.parallel_heads.tiling import Tiling
 
 _STAGES: tl.constexpr = tl.constexpr(HEAD_STAGES)
-# A poll is a round trip to the L2, half a microsecond or more; a stage takes some tens of microseconds.
-MAX_POLLS = 1 << 20
+_GAVE_UP: tl.constexpr = tl.constexpr(GAVE_UP)
+# A poll is a round trip to the L2, half a microsecond or more: some tens of milliseconds.  A stage takes some tens of
+# microseconds.
+MAX_POLLS = 1 << 15
 # Triton's interpreter multiplies the bit patterns of bfloat16 operands (create_dot, triton 3.9): widen them there.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -50,24 +53,21 @@ def _arrive(counter_ptr):
 
 
 @triton.jit
-def _wait(counters_ptr, stage, programs, MAX_POLLS: tl.constexpr):
-    """Return when all programs have arrived, whose stores are visible to every thread then, or after MAX_POLLS."""
+def _wait(counters_ptr, stage, programs, gave_up, MAX_POLLS: tl.constexpr):
+    """Return when all programs have arrived, whose stores are visible to every thread then; or that it gave up.
+
+    gave_up: 1 where a wait has given up before: it is not tried again.
+    """
     arrived = tl.atomic_add(counters_ptr + stage, 0, sem="acquire", scope="gpu")
-    polls = 1
+    polls = 1 + gave_up * MAX_POLLS
     while (arrived < programs) & (polls < MAX_POLLS):
         arrived = tl.atomic_add(counters_ptr + stage, 0, sem="acquire", scope="gpu")
         polls += 1
     if arrived < programs:
-        tl.atomic_xchg(counters_ptr + _STAGES, 1, sem="relaxed", scope="gpu")
+        tl.atomic_xchg(counters_ptr + _GAVE_UP, 1, sem="relaxed", scope="gpu")
+        gave_up = 1
     tl.debug_barrier()
-
-
-@triton.jit
-def _depart(counters_ptr, programs):
-    """Count this program out; the last one, which nobody waits for any more, zeroes the counters."""
-    if tl.atomic_add(counters_ptr + _STAGES - 1, 1, sem="acq_rel", scope="gpu") == programs - 1:
-        for i in range(_STAGES):
-            tl.atomic_xchg(counters_ptr + i, 0, sem="relaxed", scope="gpu")
+    return gave_up
 
 
 @triton.jit
@@ -174,11 +174,17 @@ def parallel_heads_kernel(rest_ptr, last_ptr, first_w_ptr, first_b_ptr, w_ptr, b
     """Stage 0 where FIRST, then the stages begin..end-1, with a barrier before each but the first one run.
 
     rest [B, (PARTS-1)*H] and last [B, H] with the row strides given; weights, biases and scales as in `HeadWeights` and
-    `HeadScales`; z [2, B, HEADS, H]: stage j writes z[j % 2] and reads the other half; counters [7] int32, zero.
+    `HeadScales`; z [2, B, HEADS, H]: stage j writes z[j % 2] and reads the other half; counters [6] int32.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     half = B * (HEADS * H)
+    gave_up = 0
+    if BARRIER:
+        gave_up = tl.where(tl.load(counters_ptr + _GAVE_UP, cache_modifier=".cg") != 0, 1, 0)
+        if program == 0:
+            for i in range(1, _STAGES - 1):
+                tl.atomic_xchg(counters_ptr + i, 0, sem="relaxed", scope="gpu")
     if FIRST:
         w = _weight_tile(first_w_ptr, PARTS * H * H, program, 0, HEADS, H, PARTS, BLOCK_H, BLOCK_K)
         _stage(w, rest_ptr, rest_stride, last_ptr, last_stride, first_w_ptr, PARTS * H * H, first_b_ptr, first_s_ptr, H,
@@ -191,15 +197,15 @@ def parallel_heads_kernel(rest_ptr, last_ptr, first_w_ptr, first_b_ptr, w_ptr, b
         # Weights depend on no other program: the first tile comes in while the slower programs finish.
         w = _weight_tile(stage_w_ptr, (_STAGES - 1) * H * H, program, 0, HEADS, H, 1, BLOCK_H, BLOCK_K)
         if BARRIER:
-            _wait(counters_ptr, stage - 1, programs, MAX_POLLS)
+            gave_up = _wait(counters_ptr, stage - 1, programs, gave_up, MAX_POLLS)
+            if (stage == 2) & (program == 0):
+                tl.atomic_xchg(counters_ptr, 0, sem="relaxed", scope="gpu")
         x_ptr = z_ptr + (stage - 1) % 2 * half
         _stage(w, x_ptr, HEADS * H, x_ptr, HEADS * H, stage_w_ptr, (_STAGES - 1) * H * H, b_ptr + (stage - 1) * H,
                s_ptr + (stage - 1) * H, (_STAGES - 1) * H, z_ptr + stage % 2 * half, B, program, programs,
                SCALED, True, HEADS, H, 1, BLOCK_H, BLOCK_B, BLOCK_K, NUM_STAGES)  # fmt: skip
         if BARRIER and stage < end - 1:
             _arrive(counters_ptr + stage)
-    if BARRIER:
-        _depart(counters_ptr, programs)
 
 
 class LaunchArgs(NamedTuple):
@@ -228,8 +234,8 @@ def parallel_heads_triton(
 ) -> Tensor:
     """m as ``rest [B, (S-1)*H]`` and ``last [B, H]`` -> ``z [n, B, H]`` in their dtype; B <= ``tiling.block_b``.
 
-    z is a view of ``[B, n, H]`` in memory.  counters: seven int32 zeros on the same device for the single launch with
-    barriers, which must not run twice at once with the same ones; None: one launch per stage.
+    z is a view of ``[B, n, H]`` in memory.  counters: six int32 on the same device for the single launch with barriers,
+    which must not run twice at once with the same ones; None: one launch per stage.
     """
     heads, hidden, first_k = weights.first_weight.shape
     batch = last.shape[0]

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,14 +15,32 @@ from places import PROCESSES
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from vllm_gumiho.drafters import kernel_check
-from vllm_gumiho.drafters.kernel_check import Switch, choose_kernels, kernel_switch, refusal
+from vllm_gumiho.drafters import kernel_check, kernel_choice
+from vllm_gumiho.drafters import lm_head as lm_head_module
+from vllm_gumiho.drafters.gumiho.model import draft_lengths
+from vllm_gumiho.drafters.kernel_choice import Shapes, Switch, choose_kernels, kernel_switch, refusal
 from vllm_gumiho.drafters.lm_head import GreedyArgmax, LmHeadShard, argmax_problem, plain_head_problem
 from vllm_gumiho.env import KERNELS
 from vllm_gumiho.errors import KernelChoiceError
-from vllm_gumiho.kernels.parallel_heads import HeadsPath, HeadWeights, launches, new_counters, parallel_heads_reference
+from vllm_gumiho.kernels.lm_head_argmax import MAX_ROWS
+from vllm_gumiho.kernels.parallel_heads import (
+    GAVE_UP,
+    HeadsPath,
+    HeadWeights,
+    launches,
+    new_counters,
+    parallel_heads_reference,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+# K = 3 and 4, eight requests at once.
+SHAPES = Shapes({1: 1, 2: 2}, 8)
+
+
+def even_timer(kernel, library):
+    """Kernels pay everywhere, and both ways run."""
+    kernel(), library()
+    return 80.0, 100.0
 
 
 @pytest.fixture
@@ -41,9 +60,15 @@ def lm_head() -> ParallelLMHead:
 
 
 @pytest.fixture
+def tokens(lm_head) -> GreedyArgmax:
+    lm_head.quant_method.process_weights_after_loading(lm_head)
+    return GreedyArgmax(LmHeadShard.of(lm_head, 100))
+
+
+@pytest.fixture
 def no_group(monkeypatch):
     """One rank, without vLLM's process groups."""
-    monkeypatch.setattr(kernel_check, "lowest_of_all_ranks", lambda values: values)
+    monkeypatch.setattr(kernel_choice, "lowest_of_all_ranks", lambda values: values)
 
 
 @pytest.mark.parametrize(("value", "switch"), [(None, Switch.AUTO), ("auto", "auto"), ("1", "1"), ("0", "0")])
@@ -120,12 +145,23 @@ def pretend(monkeypatch, **behaviour):
         z = parallel_heads_reference(torch.cat(m, dim=-1), weights)
         return behaviour.get(path.name, lambda z, counters: z)(z, counters)
 
-    monkeypatch.setattr(kernel_check, "choose_path", lambda m, weights: (HeadsPath.FUSED, "it fits"))
-    monkeypatch.setattr(kernel_check, "parallel_heads", run)
+    monkeypatch.setattr(kernel_choice, "choose_path", lambda m, weights: (HeadsPath.FUSED, "it fits"))
+    for module in (kernel_check, kernel_choice):
+        monkeypatch.setattr(module, "parallel_heads", run)
+    monkeypatch.setattr(kernel_choice, "refusal", lambda switch, device, greedy: None)
+    monkeypatch.delenv(KERNELS.name, raising=False)
+
+
+def choose(weights, shapes=SHAPES, tokens=None, refused="the LM head has a bias", timer=even_timer):
+    return choose_kernels(shapes, weights, new_counters(CPU), tokens, None if tokens else refused, True, timer)
 
 
 def wrong(z, counters):
-    return z + (z.abs().max() if len(z[0]) == 8 else 0)  # at one batch size only
+    return z + (z.abs().max() if z.shape[1] == 8 else 0)  # at one batch size only
+
+
+def wrong_with_one_head(z, counters):
+    return z + (z.abs().max() if len(z) == 1 else 0)
 
 
 def nan(z, counters):
@@ -133,7 +169,12 @@ def nan(z, counters):
 
 
 def stuck(z, counters):
-    counters[6] = 1
+    counters[GAVE_UP] = 1
+    return z
+
+
+def left(z, counters):
+    counters[0] = 3
     return z
 
 
@@ -144,7 +185,9 @@ def fails(z, counters):
 CHECKS = [
     ({}, HeadsPath.FUSED, ["it fits; checked"]),
     ({"FUSED": wrong}, HeadsPath.STAGES, ["one Triton launch failed its check: off by", "at batch 8; checked"]),
-    ({"FUSED": stuck}, HeadsPath.STAGES, ["its barrier gave up or left its counters at batch 1; checked"]),
+    ({"FUSED": wrong_with_one_head}, HeadsPath.STAGES, ["off by", "with 1 heads at batch 1; checked"]),
+    ({"FUSED": stuck}, HeadsPath.STAGES, ["its barrier gave up or left its counters with 1 heads at batch 1; checked"]),
+    ({"FUSED": left}, HeadsPath.STAGES, ["its barrier gave up or left its counters with 1 heads at batch 1; checked"]),
     ({"FUSED": fails}, HeadsPath.STAGES, ["RuntimeError: no kernel image; checked"]),
     (
         {"FUSED": fails, "STAGES": nan},
@@ -157,49 +200,174 @@ CHECKS = [
 @pytest.mark.parametrize(("behaviour", "path", "reasons"), CHECKS)
 def test_a_path_that_fails_its_check_is_left(monkeypatch, no_group, weights, behaviour, path, reasons):
     pretend(monkeypatch, **behaviour)
-    monkeypatch.setattr(kernel_check, "refusal", lambda *a: None)
-    monkeypatch.delenv(KERNELS.name, raising=False)
-    counters, before = new_counters(CPU), launches.copy()
-    choice = choose_kernels(weights, counters, None, "the LM head has a bias", True, 8, 3)
-    assert choice.heads is path
+    before = launches.copy()
+    choice = choose(weights)
+    assert choice.heads == ({} if path is HeadsPath.BATCHED else {(1, 16): path, (2, 16): path})
     assert all(reason in choice.heads_reason for reason in reasons)
     assert not choice.argmax
     assert f"heads by {path.value} (" in choice.describe()
     assert "argmax by logits (the LM head has a bias)" in choice.describe()
-    assert not counters.any()
     assert launches == before
 
 
-def test_forced_kernels_that_fail_end_the_start(monkeypatch, no_group, weights, lm_head):
-    monkeypatch.setenv(KERNELS.name, "1")
+def test_counters_that_a_failed_check_left_are_zeroed(monkeypatch, no_group, weights):
+    pretend(monkeypatch, FUSED=stuck)
+    counters = new_counters(CPU)
+    choose_kernels(SHAPES, weights, counters, None, "the LM head has a bias", True, even_timer)
+    assert not counters.any()
+
+
+def test_forced_kernels_that_fail_end_the_start(monkeypatch, no_group, weights, tokens):
     pretend(monkeypatch, FUSED=fails, STAGES=wrong)
+    monkeypatch.setenv(KERNELS.name, "1")
     with pytest.raises(KernelChoiceError, match=r"no kernel image.*off by.*unset it"):
-        choose_kernels(weights, new_counters(CPU), None, "the LM head has a bias", True, 8, 3)
+        choose(weights)
     pretend(monkeypatch)
-    monkeypatch.setattr(kernel_check, "wrong_tokens", lambda *a: "off by 3")
+    monkeypatch.setenv(KERNELS.name, "1")
+    monkeypatch.setattr(kernel_choice, "wrong_tokens", lambda *a: "off by 3")
     with pytest.raises(KernelChoiceError, match="off by 3; unset it"):
-        choose_kernels(weights, new_counters(CPU), GreedyArgmax(LmHeadShard.of(lm_head, 100)), None, True, 8, 3)
+        choose(weights, tokens=tokens)
 
 
-def test_the_argmax_is_checked_for_all_heads_not_this_ranks_alone(monkeypatch, no_group, weights, lm_head):
-    monkeypatch.setattr(kernel_check, "refusal", lambda *a: None)
-    monkeypatch.setenv(KERNELS.name, "auto")
+SHAPES_THERE_ARE = [
+    # K = 7 with 8 requests at once: five heads, up to 40 rows.
+    (Shapes({5: 5}, 8), {(5, 16)}, [1, 8], {16: 16, 32: 32, 64: 40}),
+    # A schedule of K up to 7, and 256 requests: each number of heads, both batch tiles, no row tile above 64.
+    (
+        Shapes({1: 1, 3: 3, 5: 5}, 256),
+        {(1, 16), (1, 32), (3, 16), (3, 32), (5, 16), (5, 32)},
+        [1, 16, 32],
+        {16: 16, 32: 32, 64: 64},
+    ),
+    # The second of two ranks has no head of the first one, and one of the first two.
+    (Shapes({1: 0, 2: 1}, 20), {(1, 16), (1, 32), (2, 16), (2, 32)}, [1, 16, 20], {16: 16, 32: 32, 64: 40}),
+    # One request, two heads; and K = 2, where there are none.
+    (Shapes({2: 2}, 1), {(2, 16)}, [1], {16: 2}),
+    (Shapes({}, 32), set(), None, {16: 16, 32: 32}),
+]
+
+
+@pytest.mark.parametrize(("shapes", "of_heads", "batches", "rows"), SHAPES_THERE_ARE)
+def test_every_shape_that_serving_launches_is_checked_and_timed(
+    monkeypatch, no_group, weights, tokens, shapes, of_heads, batches, rows
+):
+    """Numbers of heads that a K asks for and that this rank has, batch tiles, and rows of a step and of the heads."""
+    pretend(monkeypatch)
+    checked, scanned, timed = [], [], []
+    monkeypatch.setattr(kernel_choice, "wrong_heads", lambda w, path, *sizes: checked.append(sizes[:2]))
+    monkeypatch.setattr(kernel_choice, "wrong_tokens", lambda tokens, counts, dtype: scanned.append(counts))
+    monkeypatch.setattr(kernel_choice, "lm_head_argmax", lambda x, *a, kernel=True: timed.append((len(x), kernel)))
+
+    def run(m, weights, path, counters):
+        timed.append((len(weights.bias), len(m[0]), path.name))
+
+    five = HeadWeights(*(t[:1].expand(5, *t.shape[1:]) for t in weights))
+    monkeypatch.setattr(kernel_choice, "parallel_heads", run)
+    choice = choose(five, shapes, tokens)
+    own = sorted({count for count in shapes.heads.values() if count})
+    assert checked == ([(own, batches)] if batches else [])
+    assert scanned == [sorted({1, *rows.values()})]
+    assert set(choice.heads) == of_heads
+    assert choice.argmax == set(rows)
+    expected = [
+        (shapes.heads[count], min(tile, shapes.max_batch), path)
+        for count, tile in sorted(of_heads)
+        if shapes.heads[count]
+        for path in ("FUSED", "BATCHED")
+    ]
+    assert timed == expected + [(count, kernel) for count in rows.values() for kernel in (True, False)]
+    assert max(rows) <= MAX_ROWS
+
+
+def test_the_lengths_of_a_schedule_are_all_there_are():
+    fixed = SimpleNamespace(num_speculative_tokens=7, num_speculative_tokens_per_batch_size=None)
+    assert draft_lengths(fixed) == {7}
+    rows = [(1, 4, 7), (5, 16, 3), (17, 64, 0)]
+    schedule = SimpleNamespace(num_speculative_tokens=7, num_speculative_tokens_per_batch_size=rows)
+    assert draft_lengths(schedule) == {7, 3, 0}
+
+
+def slow_above(limit):
+    """The kernel takes 97 % of the library's time up to a number of rows or requests, and 97.1 % above."""
+
+    def timer(kernel, library):
+        first = kernel.args[0]
+        rows = len(first if isinstance(first, torch.Tensor) else first[0])
+        return (97.0 if rows <= limit else 97.1), 100.0
+
+    return timer
+
+
+def test_a_kernel_is_kept_only_where_it_gains(monkeypatch, no_group, weights, tokens):
+    """3 % at least, shape by shape; the line at start says what was left to the library."""
+    pretend(monkeypatch)
+    shapes = Shapes({1: 1, 2: 2}, 64)
+    choice = choose(weights, shapes, tokens, timer=slow_above(16))
+    assert choice.heads == {(1, 16): HeadsPath.FUSED, (2, 16): HeadsPath.FUSED}
+    assert choice.argmax == {16}
+    assert choice.describe() == (
+        "heads by one Triton launch (it fits; checked; the kernel takes 0.97 of the library's time) and by batched "
+        "matrix products (1 at batch 17 to 32, 2 at batch 17 to 32), argmax by Triton kernel (checked; the kernel takes "
+        "0.97 of the library's time) and by logits (17 to 32, 33 to 64 rows)"
+    )
+    assert choose(weights, shapes, tokens, timer=slow_above(64)).argmax == {16, 32, 64}
+    none = choose(weights, shapes, tokens, timer=slow_above(0))
+    assert (none.heads, none.argmax) == ({}, frozenset())
+    assert none.describe().startswith("heads by batched matrix products (it fits; checked; the kernel takes 0.97 of")
+    assert "argmax by logits (checked; the kernel takes 0.97 of the library's time)" in none.describe()
+
+
+def test_a_time_that_is_none_keeps_no_kernel(monkeypatch, no_group, weights, tokens):
+    pretend(monkeypatch)
+    choice = choose(weights, tokens=tokens, timer=lambda kernel, library: (float("nan"), 100.0))
+    assert (choice.heads, choice.argmax) == ({}, frozenset())
+
+
+def test_forced_kernels_are_not_timed(monkeypatch, no_group, weights, tokens):
+    pretend(monkeypatch)
+    monkeypatch.setenv(KERNELS.name, "1")
+    choice = choose(weights, tokens=tokens, timer=lambda *a: pytest.fail("timed"))
+    assert set(choice.heads) == {(1, 16), (2, 16)}
+    assert choice.argmax == {16}
+
+
+def test_ranks_take_what_all_of_them_have(monkeypatch, weights, tokens):
+    """Another rank has one launch per stage, nothing for two heads, and no argmax kernel for 17 to 32 rows."""
     pretend(monkeypatch)
     asked: list[list[int]] = []
-    monkeypatch.setattr(kernel_check, "wrong_tokens", lambda tokens, rows, dtype: asked.append(rows))
-    own = weights.take(1)
-    assert choose_kernels(own, new_counters(CPU), GreedyArgmax(LmHeadShard.of(lm_head, 100)), None, True, 8, 5).argmax
-    assert asked == [[1, 8, 40]]
+    monkeypatch.setattr(kernel_choice, "lowest_of_all_ranks", lambda values: asked.append(values) or [1, 0, 1, 0])
+    choice = choose(weights, Shapes({1: 1, 2: 2}, 16), tokens)
+    assert asked == [[2, 2, 1, 1]]
+    assert choice.heads == {(1, 16): HeadsPath.STAGES}
+    assert choice.argmax == {16}
+    assert choice.heads_reason.endswith("; left out on another rank")
+    assert choice.argmax_reason.endswith("; left out on another rank")
 
 
-def test_nothing_is_launched_where_the_kernels_are_off(monkeypatch, no_group, weights, lm_head):
+def test_rows_of_other_tiles_take_the_library(lm_head):
+    """What was not chosen at load is never launched: for some rows the kernel, for the rest the rank's own logits."""
+    lm_head.quant_method.process_weights_after_loading(lm_head)
+    asked = []
+    tokens = GreedyArgmax(LmHeadShard.of(lm_head, 100), {32})
+    with pytest.MonkeyPatch.context() as patch:
+        right = lm_head_module.lm_head_argmax
+        patch.setattr(
+            lm_head_module, "lm_head_argmax", lambda *a, kernel: asked.append((len(a[0]), kernel)) or right(*a)
+        )
+        for count in (1, 16, 17, 32, 33, 320):
+            rows = torch.randn(count, 16)
+            assert torch.equal(tokens(rows), (rows @ lm_head.weight[:100].T).argmax(-1))
+    assert asked == [(1, False), (16, False), (17, True), (32, True), (33, False), (320, False)]
+
+
+def test_nothing_is_launched_where_the_kernels_are_off(monkeypatch, no_group, weights, tokens):
+    asked = kernel_choice.refusal
     pretend(monkeypatch, FUSED=fails, STAGES=fails)
+    monkeypatch.setattr(kernel_choice, "refusal", asked)
     for value, reason in (("0", "VLLM_GUMIHO_KERNELS=0"), ("auto", "no GPU")):
         monkeypatch.setenv(KERNELS.name, value)
-        choice = choose_kernels(
-            weights, new_counters(CPU), GreedyArgmax(LmHeadShard.of(lm_head, 100)), None, True, 8, 3
-        )
-        assert (choice.heads, choice.argmax) == (HeadsPath.BATCHED, False)
+        choice = choose(weights, tokens=tokens, timer=lambda *a: pytest.fail("timed"))
+        assert (choice.heads, choice.argmax) == ({}, frozenset())
         assert reason in choice.heads_reason
         assert reason in choice.argmax_reason
 

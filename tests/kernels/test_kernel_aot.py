@@ -7,12 +7,24 @@ import os
 import subprocess
 import sys
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vllm_gumiho.kernels.aot import TARGETS
-from vllm_gumiho.kernels.parallel_heads.reference import HEAD_STAGES
-from vllm_gumiho.kernels.parallel_heads.tiling import balance, batch_tile, choose_tiling
+from vllm_gumiho.kernels.lm_head_argmax.tiles import MAX_ROWS, ROW_TILES
+from vllm_gumiho.kernels.lm_head_argmax.triton import choose_argmax_tiling
+from vllm_gumiho.kernels.parallel_heads import HeadsPath, dispatch
+from vllm_gumiho.kernels.parallel_heads.dispatch import converts_e4m3
+from vllm_gumiho.kernels.parallel_heads.tiling import (
+    BATCH_TILES,
+    Tiling,
+    balance,
+    batch_tile,
+    choose_tiling,
+    stage_time,
+)
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
@@ -22,29 +34,33 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_compiles_without_spills(target, tmp_path):
+def test_every_shape_that_serving_launches_compiles_without_spills(target, tmp_path):
+    """Each number of heads and each batch tile at the size of Llama 3 8B, and enough bytes under way in each."""
     found = tmp_path / "reports.json"
-    run = run_python(
-        "-m",
-        "vllm_gumiho.kernels.aot",
-        "--target",
-        target,
-        "--batch",
-        "1",
-        "64",
-        "--dtype",
-        "bf16:bf16",
-        "bf16:fp8",
-        "--output",
-        str(found),
-    )
+    pairs = ["--dtype", "bf16:bf16", "bf16:fp8", "--heads", "1", "2", "3", "4", "5", "--batch", "1", "32"]
+    run = run_python("-m", "vllm_gumiho.kernels.aot", "--target", target, *pairs, "--output", str(found))
     assert run.returncode == 0, run.stdout + run.stderr[-3000:]
-    reports = json.loads(found.read_text())
+    reports, device = json.loads(found.read_text()), TARGETS[target]
     assert {r["kernel"] for r in reports} == {"parallel_heads", "partial_argmax", "reduce_argmax"}
     for report in reports:
         assert report["spills"] == 0
         assert 0 < report["registers"] <= 255
-        assert report["shared"] <= report["shared_limit"] <= TARGETS[target].shared_per_program
+        assert report["shared"] <= report["shared_limit"] <= device.shared_per_program
+    rows = {r["shape"] for r in reports if r["kernel"] == "partial_argmax"}
+    assert rows == {f"H=4096 R={tile} bf16" for tile in ROW_TILES}
+    for heads in range(1, 6):
+        for batch in BATCH_TILES:
+            shape = f"H=4096 B={batch} n={heads} bf16 x bf16"
+            tiling = choose_tiling(batch, heads, 4096, 2, 2, device)
+            compiled = [r["in_flight"] for r in reports if r["shape"].startswith(shape)]
+            assert len(compiled) == (2 if device.amd else 1)
+            # Weights and inputs; on AMD what else a thread loads meanwhile.
+            planned = tiling.bytes_in_flight(2) * (1 + batch / tiling.block_h)
+            assert all(planned <= one <= 1.2 * planned for one in compiled), shape
+            if device.amd:
+                assert min(compiled) >= 16 << 10, "one tile of 16 KB on its way while another is multiplied"
+            else:
+                assert min(compiled) * tiling.programs // device.processors >= 36 << 10
 
 
 def test_barrier_instructions():
@@ -79,61 +95,150 @@ def test_interpreter_is_refused():
     assert "TRITON_INTERPRET" in run.stderr
 
 
+@pytest.mark.parametrize("left", [(0, 0, 0), (0, 1, 2), (0, 7, 0), (0, 2, 5)])
 @pytest.mark.parametrize("programs", [1, 2, 3])
-def test_barrier_protocol(programs):
-    """Every interleaving of two launches ends, with zero counters, and no stage starts before the last one is over.
+def test_barrier_protocol(programs, left):
+    """Every interleaving of two launches ends, and no stage starts before the last one is over.
 
-    A model of ``_arrive``, ``_wait`` and ``_depart``: one step per atomic operation, three stages.
+    A model of the kernel: one step per atomic operation, four stages.  left: what the counters of the barriers hold
+    before the first launch; those behind the first may hold anything.
     """
-    stages = 3
-    # A program's steps: run and arrive at 0; wait for 0, run and arrive at 1; wait for 1, run; depart.
-    script = [("arrive", 0), ("wait", 0), ("arrive", 1), ("wait", 1), ("depart", stages - 1)]
+    # A program's steps: run and arrive at 0; wait for 0, run and arrive at 1; ...  Program 0 sets counters anew.
+    common = [("arrive", 0), ("wait", 0), ("arrive", 1), ("wait", 1), ("arrive", 2), ("wait", 2)]
+    first = [("zero", 1), ("zero", 2), *common[:4], ("zero", 0), *common[4:]]
+    scripts = [first, *([common] * (programs - 1))]
 
     @cache
-    def explore(positions: tuple[int, ...], counters: tuple[int, ...], left: int) -> bool:
-        if all(p == len(script) for p in positions):
-            assert not any(counters)
-            return True if left == 0 else explore((0,) * programs, counters, left - 1)
+    def explore(positions: tuple[int, ...], counters: tuple[int, ...], launches: int) -> bool:
+        if all(p == len(script) for p, script in zip(positions, scripts, strict=True)):
+            assert counters[0] == 0
+            return True if launches == 0 else explore((0,) * programs, counters, launches - 1)
         moved = False
         for who, position in enumerate(positions):
-            if position == len(script):
+            if position == len(scripts[who]):
                 continue
-            action, j = script[position]
+            action, j = scripts[who][position]
             after = list(counters)
             if action == "wait":
                 if counters[j] < programs:
                     continue
-                assert all(p > script.index(("arrive", j)) for p in positions)
-            elif action == "arrive" or counters[j] < programs - 1:
+                passed = [p > script.index(("arrive", j)) for p, script in zip(positions, scripts, strict=True)]
+                assert all(passed), "a stage starts before the last one is over"
+            elif action == "arrive":
                 after[j] += 1
             else:
-                after = [0] * stages
-                assert all(p == len(script) for i, p in enumerate(positions) if i != who)
+                after[j] = 0
             moved = True
-            explore((*positions[:who], position + 1, *positions[who + 1 :]), tuple(after), left)
+            explore((*positions[:who], position + 1, *positions[who + 1 :]), tuple(after), launches)
         assert moved, "deadlock"
         return True
 
-    assert explore((0,) * programs, (0,) * stages, 1)
+    assert explore((0,) * programs, left, 1)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("hidden", [80, 576, 1536, 2048, 4096, 5120, 8192])
 def test_tiles_fit(target, hidden):
     device = TARGETS[target]
-    for batch in (1, 3, 16, 17, 64):
-        for sizes in ((2, 2), (4, 4), (1, 2)):
-            tiling = choose_tiling(batch, 5, hidden, *sizes, device)
-            resident = tiling.programs // device.processors
-            assert tiling.block_b == batch_tile(batch) >= batch
-            assert tiling.shared_bytes(*sizes) <= device.shared_per_program
-            assert resident * tiling.shared_bytes(*sizes) < device.shared_per_processor
-            # 255 registers for each thread of every resident program: what a register file always holds.
-            assert resident * tiling.num_warps * 32 * 255 <= 65536
+    for batch in (1, 3, 16, 17, 32):
+        for heads in range(1, 6):
+            for sizes in ((2, 2), (4, 4), (1, 2)):
+                tiling = choose_tiling(batch, heads, hidden, *sizes, device)
+                assert tiling.block_b == batch_tile(batch) >= batch
+                assert tiling == choose_tiling(tiling.block_b, heads, hidden, *sizes, device)
+                assert tiling.shared_bytes(*sizes) <= device.shared_per_program
+                if device.amd:  # a program a tile, and no barrier that asks for all of them at once
+                    assert tiling.programs == heads * -(-hidden // tiling.block_h)
+                    continue
+                resident = tiling.programs // device.processors
+                assert resident * tiling.shared_bytes(*sizes) < device.shared_per_processor
+                # 255 registers for each thread of every resident program: what a register file always holds.
+                assert resident * tiling.num_warps * 32 * 255 <= 65536
 
 
-def test_balance_decides_the_rows():
-    assert balance(4096, 5, 64, 132) < 0.82 < 0.96 < balance(4096, 5, 32, 132)
-    assert choose_tiling(1, 5, 4096, 2, 2, TARGETS["cuda:90"]).block_h == 32
-    assert choose_tiling(1, 5, 8192, 2, 2, TARGETS["cuda:90"]).block_h == 64
-    assert HEAD_STAGES == 6
+def test_balance_is_that_of_the_programs():
+    """Of an H100's 264: at five heads 112 have a third tile of 32 rows, at one head half have none."""
+    assert balance(4096, 5, 32, 264) == pytest.approx(640 / (3 * 264))
+    assert balance(4096, 1, 32, 264) == pytest.approx(128 / 264)
+    assert balance(4096, 5, 32, 132) > 0.96 > 0.82 > balance(4096, 5, 64, 132)
+
+
+def test_a_stages_time_counts_the_last_round_and_the_l2():
+    h100 = TARGETS["cuda:90"]
+    two, one = Tiling(32, 16, 128, 5, 4, 264), Tiling(64, 32, 128, 5, 4, 132)
+    # 528 tiles at the full rate; 112 with 3.5 MB on their way of the 4.6 that 132 x 36 KB are.
+    assert stage_time(4096, 5, two, 2, 2, h100) == pytest.approx((528 + 112 / (112 * 32 / (132 * 36))) / 640)
+    # A batch of 64 on 32 rows: every weight's inputs are two more bytes through the L2.
+    assert Tiling(32, 64, 128, 4, 4, 264).traffic(2, 2) == 3
+    assert stage_time(4096, 5, Tiling(32, 64, 128, 4, 4, 264), 2, 2, h100) == pytest.approx(3 / 1.8)
+    assert stage_time(4096, 5, one, 2, 2, h100) < 1.1
+
+
+def test_traffic_and_the_last_round_decide_the_tiles():
+    h100 = TARGETS["cuda:90"]
+    assert choose_tiling(1, 5, 4096, 2, 2, h100).block_h == 32
+    assert choose_tiling(17, 5, 4096, 2, 2, h100).block_h == 64, "32 rows would read the inputs of 32 requests twice"
+    assert choose_tiling(1, 5, 8192, 2, 2, h100).block_h == 64
+    for hidden in (4096, 8192):
+        for batch in BATCH_TILES:
+            tiling = choose_tiling(batch, 5, hidden, 2, 2, h100)
+            assert tiling.traffic(2, 2) / 1.8 <= 1.1, "the L2 takes longer than the memory"
+
+
+@pytest.mark.parametrize("rows", range(1, MAX_ROWS + 1))
+def test_the_argmax_passes_little_through_the_l2(rows):
+    """An H100's L2 at 5.5 TB/s takes at most a tenth more than its memory at 3.05 TB/s, which 65 rows would not hold.
+
+    Every block of rows reads the weights once, and every tile of tokens the rows.
+    """
+
+    def over_memory(rows: int, block_r: int, block_v: int) -> float:
+        return (-(-rows // block_r) + rows / block_v) / 5.5 * 3.05
+
+    tiling = choose_argmax_tiling(rows, 2)
+    assert over_memory(rows, tiling.block_r, tiling.block_v) <= 1.1
+    assert over_memory(MAX_ROWS + 1, tiling.block_r, tiling.block_v) > 1.1
+
+
+@pytest.mark.parametrize(
+    ("capability", "native"),
+    [((8, 0), False), ((8, 9), True), ((9, 0), True), ("gfx942:sramecc+:xnack-", False), ("gfx950", True)],
+)
+def test_fp8_is_converted_where_the_device_has_that_format(capability, native):
+    assert converts_e4m3(capability) is native
+
+
+class FakeDriver:
+    """libcuda that answers by attribute."""
+
+    def __init__(self, **attributes: int):
+        self.attributes = {95: attributes.get("cooperative", 1), 133: attributes.get("mps", 0)}
+
+    def cuDeviceGet(self, device, index):  # noqa: N802 - NVIDIA's name
+        return 0
+
+    def cuDeviceGetAttribute(self, value, number, device):  # noqa: N802 - NVIDIA's name
+        value._obj.value = self.attributes[number]
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "path", "reason"),
+    [
+        (FakeDriver(), HeadsPath.FUSED, "fits one launch"),
+        (FakeDriver(mps=1), HeadsPath.STAGES, "MPS shares the GPU among processes"),
+        (FakeDriver(cooperative=0), HeadsPath.STAGES, "no cooperative launch"),
+        (SimpleNamespace(), HeadsPath.STAGES, "cannot be asked"),
+    ],
+)
+def test_one_launch_only_where_all_programs_are_sure_to_run(monkeypatch, driver, path, reason):
+    monkeypatch.setattr(dispatch.ctypes, "CDLL", lambda name: driver)
+    dispatch.single_launch_problem.cache_clear()
+    on_gpu = SimpleNamespace(shape=(1, 16), dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    weights = SimpleNamespace(weight=torch.empty(1, 5, 16, 16, dtype=torch.bfloat16))
+    try:
+        found, why = dispatch.choose_path(on_gpu, weights)
+    finally:
+        dispatch.single_launch_problem.cache_clear()
+    assert found is path
+    assert reason in why

@@ -97,7 +97,7 @@ class TestParallelHeads:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize(
-        ("n", "hidden", "batch", "steps"), [(3, 80, 1, 2), (1, 80, 17, 1), (5, 80, 3, 2), (2, 48, 33, 3)]
+        ("n", "hidden", "batch", "steps"), [(3, 80, 1, 2), (1, 80, 17, 1), (5, 80, 3, 2), (2, 48, 31, 3)]
     )
     def test_equals_reference(self, poisoned, dtype, n, hidden, batch, steps):
         weights, m = head_weights(n, hidden, steps, dtype), torch.randn(batch, steps * hidden).to(dtype)
@@ -129,7 +129,7 @@ class TestParallelHeads:
         for _ in range(2):
             fused = heads.parallel_heads(m, weights, path=heads.HeadsPath.FUSED, counters=counters)
             assert torch.equal(fused, stages)
-            assert not counters.any()
+            assert not counters[[0, heads.GAVE_UP]].any()
         assert heads.launches[heads.HeadsPath.FUSED] == before + 2
 
     @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -149,17 +149,53 @@ class TestParallelHeads:
         padded[:, : steps * 48] = whole
         assert torch.equal(heads.parallel_heads(padded[:, : steps * 48], weights), z)
 
-    def test_a_barrier_in_vain_gives_up(self):
-        """Two programs that the interpreter runs one after the other: the first waits for the second and must end."""
+    @staticmethod
+    def launch_two_programs(counters: Tensor, polls: int) -> None:
+        """The interpreter runs them one after the other: the first waits for the second in vain and must end."""
         from vllm_gumiho.kernels.parallel_heads.triton import parallel_heads_kernel
 
         weights, m = head_weights(1, 32, 1, torch.float32), torch.randn(1, 32)
-        z, counters = torch.empty(2, 1, 1, 32), heads.new_counters(m.device)
+        z = torch.empty(2, 1, 1, 32)
         parallel_heads_kernel[(2,)](
             m, m, weights.first_weight, weights.first_bias, weights.weight, weights.bias, z, z, z, counters,
-            32, 32, 1, 1, heads.HEAD_STAGES, True, True, False, 1, 32, 1, 16, 16, 32, 1, 3,
+            32, 32, 1, 1, heads.HEAD_STAGES, True, True, False, 1, 32, 1, 16, 16, 32, 1, polls,
         )  # fmt: skip
-        assert counters.tolist() == [0, 0, 0, 0, 0, 0, 1]
+
+    @pytest.mark.parametrize(("set_before", "tries"), [(False, 50), (True, 0)])
+    def test_a_barrier_in_vain_gives_up_once(self, monkeypatch, set_before, tries):
+        """The flag stays set, and neither the later barriers of the launch nor the next launch are waited for."""
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        atomics, add = [], InterpreterBuilder.create_atomic_rmw
+        monkeypatch.setattr(
+            InterpreterBuilder, "create_atomic_rmw", lambda *a, **k: atomics.append(1) or add(*a, **k)
+        )
+        counters = heads.new_counters(torch.device("cpu"))
+        counters[heads.GAVE_UP] = int(set_before)
+        self.launch_two_programs(counters, polls=tries or 50)
+        assert counters[heads.GAVE_UP] == 1
+        # Beside the polls: each program adds and polls once a barrier, the first sets five counters anew.
+        assert tries <= len(atomics) <= tries + 2 * 5 * 2 + 5 + 5
+
+    def test_a_wait_is_short(self):
+        """Some tens of milliseconds, not a second, at a microsecond a poll."""
+        from vllm_gumiho.kernels.parallel_heads.triton import MAX_POLLS
+
+        assert MAX_POLLS == 1 << 15
+
+    @pytest.mark.parametrize("place", range(5))
+    @pytest.mark.parametrize("left", [7, 8, 9, 1 << 20])
+    def test_counters_that_are_not_zero_heal(self, place, left):
+        """Whatever a launch that was ended, or memory that was lost, has left in a barrier's counter."""
+        weights, m = head_weights(2, 32, 2, torch.float32), torch.randn(3, 64)
+        stages = heads.parallel_heads(m, weights, path=heads.HeadsPath.STAGES)
+        counters = heads.new_counters(m.device)
+        counters[place] = left
+        for _ in range(2):
+            fused = heads.parallel_heads(m, weights, path=heads.HeadsPath.FUSED, counters=counters)
+            assert counters[[0, heads.GAVE_UP]].tolist() == [0, 0]
+            assert counters.tolist() == [0, 1, 1, 1, 1, 0], "one program has arrived at each barrier"
+        assert torch.equal(fused, stages)
 
     def test_barrier_under_interpreter_is_refused(self):
         from vllm_gumiho.kernels.parallel_heads.triton import parallel_heads_triton
@@ -199,6 +235,8 @@ class TestParallelHeads:
     def test_batch_above_the_tile(self):
         """Full-precision weights go to the library's products, 8-bit ones through the kernel in parts."""
         weights, m = head_weights(1, 16, 2, torch.float16), torch.randn(67, 32).half()
+        assert heads.choose_path(m[:32], weights)[0] is heads.HeadsPath.STAGES
+        assert heads.choose_path(m[:33], weights)[0] is heads.HeadsPath.BATCHED
         assert heads.choose_path(m, weights)[0] is heads.HeadsPath.BATCHED
         assert_heads(heads.parallel_heads(m, weights), m, weights)
         small, scales = heads.quantize_heads(weights)
@@ -211,7 +249,7 @@ class TestParallelHeads:
 
     @settings(max_examples=8, deadline=None, database=None)
     @given(
-        st.integers(1, 8), st.integers(1, 6), st.integers(1, 40), st.integers(1, 3), st.sampled_from(DTYPES),
+        st.integers(1, 8), st.integers(1, 6), st.integers(1, 32), st.integers(1, 3), st.sampled_from(DTYPES),
         st.booleans(),
     )  # fmt: skip
     def test_any_shape(self, n, sixteenths, batch, steps, dtype, fp8):
@@ -228,12 +266,28 @@ class TestLmHeadArgmax:
     __test__ = INTERPRETED
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize(("rows", "vocab", "hidden"), [(1, 1, 80), (17, 1003, 80), (5, 65, 576), (70, 333, 48)])
+    @pytest.mark.parametrize(("rows", "vocab", "hidden"), [(1, 1, 80), (17, 1003, 80), (5, 65, 576), (61, 333, 48)])
     def test_equals_reference(self, poisoned, dtype, rows, vocab, hidden):
         x, weight = torch.randn(rows, hidden).to(dtype), torch.randn(vocab, hidden).to(dtype)
         before = argmax.launches["triton"]
         assert_tokens(argmax.lm_head_argmax(x, weight), x, weight, vocab)
         assert argmax.launches["triton"] == before + 1
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_many_rows_take_logits_of_the_library(self, dtype):
+        """Above 64 rows the kernel would read its rows through the L2 as often as the weights."""
+        x, weight = torch.randn(65, 48).to(dtype), torch.randn(333, 48).to(dtype)
+        before = argmax.launches.copy()
+        at_most, above = argmax.lm_head_argmax(x[:64], weight, 300), argmax.lm_head_argmax(x, weight, 300, 7)
+        found = argmax.launches - before
+        assert dict(found) == {"triton": 1, "logits": 1}
+        logits = x @ weight[:300].T
+        assert torch.equal(above.ids, logits.argmax(-1) + 7)
+        assert torch.equal(above.logits, logits.amax(-1).float())
+        assert_tokens(at_most, x[:64], weight, 300)
+        asked = argmax.lm_head_argmax(x[:5], weight, 300, kernel=False)
+        assert torch.equal(asked.ids, logits[:5].argmax(-1))
+        assert argmax.launches["logits"] == before["logits"] + 2
 
     def test_many_tiles(self, poisoned):
         """More tiles than the reduction takes in one step: the best in the last, then a tie of a first and a last."""
@@ -268,7 +322,7 @@ class TestLmHeadArgmax:
     def test_nan_counts_as_infinity(self, poisoned):
         weight = torch.ones(100, 16)
         weight[42, 3] = float("nan")
-        for function in (argmax.lm_head_argmax, argmax.lm_head_argmax_reference):
+        for function in (argmax.lm_head_argmax, argmax.lm_head_argmax_reference, argmax.lm_head_argmax_logits):
             found = function(torch.ones(2, 16), weight)
             assert found.ids.tolist() == [42, 42]
             assert found.logits.tolist() == [torch.inf] * 2
@@ -296,7 +350,7 @@ class TestLmHeadArgmax:
 
     @settings(max_examples=10, deadline=None, database=None)
     @given(
-        st.integers(1, 70), st.integers(1, 300), st.integers(1, 90), st.integers(0, 40), st.sampled_from(DTYPES),
+        st.integers(1, 64), st.integers(1, 300), st.integers(1, 90), st.integers(0, 40), st.sampled_from(DTYPES),
     )  # fmt: skip
     def test_any_shape(self, rows, vocab, hidden, padding, dtype):
         x, weight = torch.randn(rows, hidden).to(dtype), torch.randn(vocab + padding, hidden).to(dtype)

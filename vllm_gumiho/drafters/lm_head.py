@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from vllm_gumiho.errors import CheckpointError
-from vllm_gumiho.kernels.lm_head_argmax import lm_head_argmax, vocab_parallel_argmax
+from vllm_gumiho.kernels.lm_head_argmax import lm_head_argmax, row_tile, vocab_parallel_argmax
+from vllm_gumiho.kernels.lm_head_argmax.tiles import ROW_TILES
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,23 @@ def argmax_problem(shard: LmHeadShard, logit_scale: float, dtype: torch.dtype) -
 
 
 class GreedyArgmax:
-    """Tokens of the largest logits by the argmax kernel, over all shards of an LM head."""
+    """Tokens of the largest logits, over all shards of an LM head.
 
-    def __init__(self, shard: LmHeadShard):
+    tiles: row tiles that the argmax kernel takes; for other numbers of rows each rank writes its own logits.
+    """
+
+    def __init__(self, shard: LmHeadShard, tiles: Collection[int] = ROW_TILES):
         self.shard = shard
+        self.tiles = frozenset(tiles)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """``[N, H]`` -> ids ``[N]`` int64 within the LM head's vocabulary, the same on every rank."""
-        shard = self.shard
+        shard, kernel = self.shard, row_tile(hidden_states.shape[0]) in self.tiles
         if shard.ranks == 1:
-            return lm_head_argmax(hidden_states, shard.weight, shard.size).ids
-        return vocab_parallel_argmax(hidden_states, shard.weight, shard.size, shard.first, self._gather).ids
+            return lm_head_argmax(hidden_states, shard.weight, shard.size, kernel=kernel).ids
+        return vocab_parallel_argmax(
+            hidden_states, shard.weight, shard.size, shard.first, self._gather, kernel=kernel
+        ).ids
 
     def _gather(self, pairs: Tensor) -> Tensor:
         return tensor_model_parallel_all_gather(pairs, dim=0).view(self.shard.ranks, *pairs.shape)

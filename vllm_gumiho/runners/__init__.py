@@ -19,3 +19,15 @@ def finish_loading(model: Any, num_speculative_tokens: int, runner: str) -> None
         choice.describe(),
         f", heads shared by {ranks} ranks" if ranks > 1 else "",
     )
+
+
+def leave_single_launch(model: Any) -> bool:
+    """Once a draft: whether its heads go from one launch to one per stage from now on, as a wait has given up."""
+    left: bool = model.heads.leave_single_launch()
+    if left:
+        logger.warning(
+            "Gumiho: a program of the heads' single launch waited for the others in vain; the heads take one launch "
+            "per stage from now on. Drafts since then may have been rejected, texts are right. Please report it; "
+            "VLLM_GUMIHO_KERNELS=0 turns the kernels off"
+        )
+    return left

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
-from vllm_gumiho.runners import finish_loading
+from vllm_gumiho.runners import finish_loading, leave_single_launch
 
 
 class GumihoProposer(EagleProposer):
@@ -74,6 +74,7 @@ class GumihoProposer(EagleProposer):
     def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Tensor:
         """Draft token ids ``[B, K]``, int64, for K = num_speculative_tokens; arguments as in the base class."""
         self._hidden, self._tokens, self._fused = [], [], []
+        leave_single_launch(self.model)
         drafted = super().propose(min(num_speculative_tokens, self.num_serial_steps), *args, **kwargs)
         self.num_speculative_tokens = num_speculative_tokens
         num_heads = num_speculative_tokens - self.num_serial_steps

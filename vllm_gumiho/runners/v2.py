@@ -12,7 +12,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from vllm_gumiho.drafters.gumiho import V2_SERIAL_STEPS as SERIAL_STEPS
-from vllm_gumiho.runners import finish_loading
+from vllm_gumiho.runners import finish_loading, leave_single_launch
 
 
 class GumihoSpeculator(EagleSpeculator):
@@ -34,6 +34,12 @@ class GumihoSpeculator(EagleSpeculator):
         # Greedy drafts come from the model's `get_top_tokens`; adaptive verification reads their logits too.
         self.use_local_argmax_reduction = self.acceptance_estimator is None
         finish_loading(self.model, self.num_speculative_steps, "V2")
+
+    def propose(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the base class; without the captured graphs once their single launch of the heads has failed."""
+        if leave_single_launch(self.model) and self.decode_cudagraph_manager is not None:
+            self.decode_cudagraph_manager.release_graphs()
+        return super().propose(*args, **kwargs)
 
     def _run_model(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._hidden, hidden = super()._run_model(*args, **kwargs)

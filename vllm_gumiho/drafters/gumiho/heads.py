@@ -14,18 +14,22 @@ from vllm_gumiho.drafters.ranks import lowest_of_all_ranks
 from vllm_gumiho.env import SPLIT_HEADS
 from vllm_gumiho.errors import SplitHeadsError
 from vllm_gumiho.kernels.parallel_heads import (
+    GAVE_UP,
     HEAD_STAGES,
     HeadsPath,
     HeadWeights,
-    choose_path,
     new_counters,
     parallel_heads,
 )
+from vllm_gumiho.kernels.parallel_heads.tiling import batch_tile
 
 # Weights that a rank must be spared, a draft, for an all-gather of the features to pay.  On the CPU: less than half of
 # the smallest case that was measured to pay (docs/results/kernels.md).  On a data-centre GPU: reading these takes 28 us
 # at 4.8 TB/s and more on slower ones, about what a small all-gather takes; arithmetic, not measured.
 CPU_SPLIT_BYTES, SPLIT_BYTES = 8 << 20, 128 << 20
+
+# Drafts from one look at the counters' flag to the next: a look waits for the device.
+FLAG_EVERY = 1024
 
 
 def split_heads(num_heads: int, head_bytes: int, ranks: int, on_cpu: bool) -> bool:
@@ -77,10 +81,16 @@ class ParallelHeads(nn.Module):
         self.first_bias = parameter(hidden_size)
         self.weight = parameter(HEAD_STAGES - 1, hidden_size, hidden_size)
         self.bias = parameter(HEAD_STAGES - 1, hidden_size)
-        self.path = HeadsPath.BATCHED
+        # The kernel by heads asked for and batch tile, where one was chosen; the library's products for the rest.
+        self.paths: dict[tuple[int, int], HeadsPath] = {}
+        self._drafts = 0
         # A buffer, as vLLM's sleep keeps those alone.
         self.counters: Tensor
         self.register_buffer("counters", new_counters(self.bias.device), persistent=False)
+
+    def own(self, count: int) -> int:
+        """How many of the first ``count`` heads this rank has."""
+        return len(range(self.rank, count, self.ranks))
 
     def destination(self, head: int, stage: int, kind: str) -> Tensor | None:
         """View that holds the tensor ``mlp.{head}.{stage}.linear.{kind}``; None where another rank has that head."""
@@ -95,18 +105,36 @@ class ParallelHeads(nn.Module):
         """o_1..o_S, each ``[B, H]`` -> ``[count, B, H]``, the first ``count`` heads; the same on every rank."""
         if self.ranks == 1:
             return self._own(m, count)
-        share, own = -(-count // self.ranks), len(range(self.rank, count, self.ranks))
-        features = self._own(m, own) if own else m[-1].new_empty(0, *m[-1].shape)
+        share, own = -(-count // self.ranks), self.own(count)
+        features = self._own(m, count) if own else m[-1].new_empty(0, *m[-1].shape)
         whole = F.pad(features, (0, 0, 0, 0, 0, share - own)).contiguous()
         gathered = tensor_model_parallel_all_gather(whole, dim=0).unflatten(0, (self.ranks, share))
         # Laid out request by request, as the LM head reads them.
         return gathered.permute(2, 1, 0, 3).flatten(1, 2)[:, :count].transpose(0, 1)
 
     def _own(self, m: Sequence[Tensor], count: int) -> Tensor:
-        path, _ = choose_path(m[-1], self.weights) if self.path is not HeadsPath.BATCHED else (self.path, "")
-        if path is HeadsPath.FUSED:
-            path = self.path  # or one launch per stage, where the single launch failed its check
-        return parallel_heads(m, self.weights.take(count), path=path, counters=self.counters)
+        """This rank's of the first ``count`` heads, by no kernel that was not checked for just this shape."""
+        path = self.paths.get((count, batch_tile(m[-1].shape[0])), HeadsPath.BATCHED)
+        return parallel_heads(m, self.weights.take(self.own(count)), path=path, counters=self.counters)
+
+    def leave_single_launch(self) -> bool:
+        """Take one launch per stage from now on where a wait of the single launch has given up; whether that is new.
+
+        To be called once a draft, on every rank.  It waits for the device in one of `FLAG_EVERY` calls.
+        """
+        if HeadsPath.FUSED not in self.paths.values():
+            return False
+        self._drafts += 1
+        if self._drafts % FLAG_EVERY:
+            return False
+        clean = lowest_of_all_ranks([int(not self.counters[GAVE_UP].item())])[0]
+        if clean:
+            return False
+        self.paths = {
+            shape: HeadsPath.STAGES if path is HeadsPath.FUSED else path for shape, path in self.paths.items()
+        }
+        self.counters.zero_()
+        return True
 
     @property
     def weights(self) -> HeadWeights:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from vllm import envs
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
+from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -22,9 +22,15 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, get_draft_quant_
 from vllm_gumiho.checkpoint.tensors import D2T, target_ids
 from vllm_gumiho.drafters.gumiho.heads import ParallelHeads
 from vllm_gumiho.drafters.gumiho.layout import STAGE
-from vllm_gumiho.drafters.kernel_check import Choice, choose_kernels, kernel_switch
+from vllm_gumiho.drafters.kernel_choice import Choice, Shapes, choose_kernels, kernel_switch
 from vllm_gumiho.drafters.lm_head import DraftHead, GreedyArgmax, LmHeadShard, argmax_problem, plain_head_problem
 from vllm_gumiho.env import BREAKABLE_GRAPHS
+
+
+def draft_lengths(speculative_config: SpeculativeConfig) -> set[int]:
+    """Every K that an engine can draft: the configured one, and those of a schedule."""
+    schedule = speculative_config.num_speculative_tokens_per_batch_size or []
+    return {speculative_config.num_speculative_tokens, *(length for _, _, length in schedule)}
 
 
 class TargetOwned(nn.Module):
@@ -123,6 +129,7 @@ class GumihoForCausalLM(LlamaForCausalLM):
         self.draft_head: DraftHead | None = None
         self.greedy_drafts = vllm_config.speculative_config.draft_sample_method != "probabilistic"
         self.max_batch = vllm_config.scheduler_config.max_num_seqs
+        self.draft_lengths = draft_lengths(vllm_config.speculative_config)
         # Breakable CUDA graphs replay this whole forward without its Python: only a buffer tells its o vectors then.
         self.copies_fused = bool(getattr(envs, BREAKABLE_GRAPHS.name, False))
         dtype = vllm_config.model_config.dtype
@@ -170,17 +177,12 @@ class GumihoForCausalLM(LlamaForCausalLM):
             shard = self.draft_head.shard if self.draft_head else LmHeadShard.of(self.lm_head, self.config.vocab_size)
             refused = argmax_problem(shard, scale, dtype)
             tokens = None if refused else GreedyArgmax(shard)
-        choice = choose_kernels(
-            self.heads.weights,
-            self.heads.counters,
-            tokens,
-            refused,
-            self.greedy_drafts,
-            self.max_batch,
-            self.config.num_parallel_heads,
-        )
-        self.heads.path = choice.heads
-        self.greedy_argmax = tokens if choice.argmax else None
+        counts = {length - self.num_serial_steps for length in self.draft_lengths}
+        shapes = Shapes({count: self.heads.own(count) for count in counts if count > 0}, self.max_batch)
+        weights, counters = self.heads.weights, self.heads.counters
+        choice = choose_kernels(shapes, weights, counters, tokens, refused, self.greedy_drafts)
+        self.heads.paths = choice.heads
+        self.greedy_argmax = GreedyArgmax(tokens.shard, choice.argmax) if tokens and choice.argmax else None
         return choice
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:

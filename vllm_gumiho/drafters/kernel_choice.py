@@ -1,0 +1,242 @@
+"""Which kernels draft: the switch, and one decision for each shape that can be launched, when the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from vllm_gumiho.drafters.kernel_check import random_rows, uncounted, wrong_heads, wrong_tokens
+from vllm_gumiho.drafters.kernel_timing import Timer, graph_timer, pays
+from vllm_gumiho.drafters.lm_head import GreedyArgmax
+from vllm_gumiho.drafters.ranks import lowest_of_all_ranks
+from vllm_gumiho.env import KERNELS
+from vllm_gumiho.errors import KernelChoiceError
+from vllm_gumiho.kernels.lm_head_argmax import lm_head_argmax, row_tiles
+from vllm_gumiho.kernels.parallel_heads import HeadsPath, HeadWeights, choose_path, parallel_heads
+from vllm_gumiho.kernels.parallel_heads.tiling import BATCH_TILES, batch_tile
+
+# From the safest to the one that asks most of the device.
+_PATHS = (HeadsPath.BATCHED, HeadsPath.STAGES, HeadsPath.FUSED)
+_ELSEWHERE = "left out on another rank"
+
+
+class Switch(str, Enum):
+    """Values of VLLM_GUMIHO_KERNELS: on a GPU with greedy drafting where they pay, wherever they run, nowhere."""
+
+    AUTO = "auto"
+    ON = "1"
+    OFF = "0"
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What an engine can launch.
+
+    heads: how many of the first heads some K asks for, and how many of those this rank has.  max_batch: requests at
+    once.
+    """
+
+    heads: dict[int, int]
+    max_batch: int
+
+    @property
+    def batch_tiles(self) -> list[int]:
+        """Padded batches that the heads' kernel takes."""
+        return [tile for tile in BATCH_TILES if tile <= batch_tile(self.max_batch)]
+
+    @property
+    def of_heads(self) -> list[tuple[int, int]]:
+        """Numbers of heads asked for, each with every batch tile: a kernel each."""
+        return [(count, tile) for count in sorted(self.heads) for tile in self.batch_tiles]
+
+    @property
+    def rows(self) -> dict[int, int]:
+        """Row tiles of the argmax kernel, with the most rows that each can get: a serial step's and the heads'."""
+        most = self.max_batch * max([1, *self.heads])
+        return {tile: min(tile, most) for tile in row_tiles(most)}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How heads and greedy tokens are computed, shape by shape, and why, for the log.
+
+    heads: the kernel's path by heads asked for and batch tile; what is not in it is the library's.  argmax: row tiles
+    that the kernel takes.
+    """
+
+    shapes: Shapes
+    heads: dict[tuple[int, int], HeadsPath] = field(default_factory=dict)
+    heads_reason: str = ""
+    argmax: frozenset[int] = frozenset()
+    argmax_reason: str = ""
+
+    def describe(self) -> str:
+        """For the log line at start."""
+        path = next(iter(self.heads.values()), HeadsPath.BATCHED)
+        by_library = [shape for shape in self.shapes.of_heads if shape not in self.heads] if self.heads else []
+        heads = f"heads by {path.value} ({self.heads_reason})"
+        if by_library:
+            some = ", ".join(f"{count} at batch {_range(tile)}" for count, tile in by_library)
+            heads += f" and by {HeadsPath.BATCHED.value} ({some})"
+        name = "Triton kernel" if self.argmax else "logits"
+        argmax = f"argmax by {name} ({self.argmax_reason})"
+        tiles = [tile for tile in self.shapes.rows if tile not in self.argmax] if self.argmax else []
+        return f"{heads}, {argmax}" + (f" and by logits ({', '.join(map(_range, tiles))} rows)" if tiles else "")
+
+
+def _range(tile: int) -> str:
+    return f"{tile // 2 + 1 if tile > 16 else 1} to {tile}"
+
+
+def kernel_switch() -> Switch:
+    """What VLLM_GUMIHO_KERNELS asks for; unset is auto.  Raises KernelChoiceError."""
+    value = KERNELS.get()
+    try:
+        return Switch.AUTO if value is None else Switch(value)
+    except ValueError:
+        raise KernelChoiceError(
+            f"{KERNELS.name}={value!r} is not a choice; set it to auto (the default: Triton kernels on a GPU with "
+            "greedy drafting), 1 (wherever they run) or 0 (off)"
+        ) from None
+
+
+def refusal(switch: Switch, device: torch.device, greedy: bool) -> str | None:
+    """Why no Triton kernel is to be used, None where they are asked for."""
+    if switch is Switch.OFF:
+        return f"{KERNELS.name}=0"
+    if switch is Switch.AUTO and device.type != "cuda":  # ROCm devices too are "cuda" in torch
+        return f"no GPU; {KERNELS.name}=1 asks for the Triton kernels all the same"
+    if switch is Switch.AUTO and not greedy:
+        return f"drafts are sampled; {KERNELS.name}=1 asks for the Triton kernels all the same"
+    return None
+
+
+def choose_kernels(
+    shapes: Shapes,
+    weights: HeadWeights,
+    counters: Tensor,
+    tokens: GreedyArgmax | None,
+    tokens_refused: str | None,
+    greedy: bool,
+    timer: Timer = graph_timer,
+) -> Choice:
+    """Decide once, when the model is loaded: every kernel asked for is checked at every shape, and timed.
+
+    A kernel that is wrong anywhere is left out; at a shape where it does not pay, the library's way is taken.  Where
+    the switch forces them, kernels are not timed.  weights: of this rank's heads.  tokens: the argmax kernel on this LM
+    head, None where ``tokens_refused`` says why it does not apply.  All ranks of a tensor-parallel group come to the
+    same choice.
+
+    Raises: KernelChoiceError where a kernel that is forced fails.
+    """
+    switch = kernel_switch()
+    refused = refusal(switch, weights.weight.device, greedy)
+    timed = timer if switch is Switch.AUTO else None
+    with uncounted():
+        path, reason, failed = _right_path(shapes, weights, counters, refused)
+        heads = dict.fromkeys(shapes.of_heads if path is not HeadsPath.BATCHED else (), path)
+        if heads and timed:
+            heads, reason = _paying_heads(heads, reason, shapes, weights, counters, timed)
+        argmax, argmax_reason = _argmax_tiles(shapes, tokens, refused or tokens_refused, weights.bias.dtype, timed)
+    if switch is Switch.ON:
+        if failed:
+            raise KernelChoiceError(f"{KERNELS.name}=1, but {reason}; unset it")
+        if tokens is not None and not argmax:
+            raise KernelChoiceError(f"{KERNELS.name}=1, but argmax: {argmax_reason}; unset it")
+    agreed = lowest_of_all_ranks(
+        [_PATHS.index(heads.get(shape, HeadsPath.BATCHED)) for shape in shapes.of_heads]
+        + [int(tile in argmax) for tile in shapes.rows]
+    )
+    paths = [_PATHS[number] for number in agreed[: len(shapes.of_heads)]]
+    common = {shape: one for shape, one in zip(shapes.of_heads, paths, strict=True) if one is not HeadsPath.BATCHED}
+    kept = frozenset(t for t, yes in zip(shapes.rows, agreed[len(shapes.of_heads) :], strict=True) if yes)
+    if common != heads:
+        reason = f"{reason}; {_ELSEWHERE}"
+    if kept != argmax:
+        argmax_reason = f"{argmax_reason}; {_ELSEWHERE}"
+    return Choice(shapes, common, reason, kept, argmax_reason)
+
+
+def _right_path(
+    shapes: Shapes, weights: HeadWeights, counters: Tensor, refused: str | None
+) -> tuple[HeadsPath, str, bool]:
+    """The path that is right at every shape, why, and whether every kernel failed."""
+    if refused is not None:
+        return HeadsPath.BATCHED, refused, False
+    best, reason = choose_path(weights.first_bias.new_empty(1, 0), weights)
+    if not shapes.heads:
+        return HeadsPath.BATCHED, "this K asks for none", False
+    failed: list[str] = []
+    batches = sorted({1, *(min(tile, shapes.max_batch) for tile in shapes.batch_tiles)})
+    counts = sorted({own for own in shapes.heads.values() if own})
+    for path in reversed(_PATHS[1 : _PATHS.index(best) + 1]):
+        problem = wrong_heads(weights, path, counts, batches, counters) if counts else None
+        if problem is None:
+            return path, "; ".join([*failed, "checked" if failed else f"{reason}; checked"]), False
+        counters.zero_()
+        failed.append(f"{path.value} failed its check: {problem}")
+    return HeadsPath.BATCHED, "; ".join(failed) or reason, bool(failed)
+
+
+def _paying_heads(
+    heads: dict[tuple[int, int], HeadsPath],
+    reason: str,
+    shapes: Shapes,
+    weights: HeadWeights,
+    counters: Tensor,
+    timer: Timer,
+) -> tuple[dict[tuple[int, int], HeadsPath], str]:
+    """The shapes at which the kernel pays, timed at the largest batch of each tile, and the reason with the ratios."""
+    hidden, device, dtype = weights.first_bias.shape[1], weights.bias.device, weights.bias.dtype
+
+    def ratio(count: int, tile: int, path: HeadsPath) -> float:
+        own = shapes.heads[count]
+        if not own:
+            return 0.0  # of another rank's heads alone
+        m = random_rows(min(tile, shapes.max_batch), weights.first_weight.shape[2], device, dtype)
+        run = partial(parallel_heads, m.split(hidden, dim=1), weights.take(own), counters=counters)
+        return _ratio(timer(partial(run, path=path), partial(run, path=HeadsPath.BATCHED)))
+
+    ratios = {shape: ratio(*shape, path) for shape, path in heads.items()}
+    kept = {shape: path for shape, path in heads.items() if pays(ratios[shape], 1)}
+    return kept, _with_ratios(reason, [one for one in ratios.values() if one])
+
+
+def _argmax_tiles(
+    shapes: Shapes, tokens: GreedyArgmax | None, refused: str | None, dtype: torch.dtype, timer: Timer | None
+) -> tuple[frozenset[int], str]:
+    """The row tiles that the argmax kernel is to take, and why so."""
+    if tokens is None or refused is not None:
+        return frozenset(), refused or ""
+    rows, shard = shapes.rows, tokens.shard
+    problem = wrong_tokens(tokens, sorted({1, *rows.values()}), dtype)
+    if problem is not None:
+        return frozenset(), f"the kernel failed its check: {problem}"
+    if timer is None or not shard.size:
+        return frozenset(rows), "checked"
+
+    def ratio(count: int) -> float:
+        x = random_rows(count, shard.weight.shape[1], shard.weight.device, dtype)
+        run: Callable = partial(lm_head_argmax, x, shard.weight, shard.size)
+        return _ratio(timer(run, partial(run, kernel=False)))
+
+    ratios = {tile: ratio(count) for tile, count in rows.items()}
+    return frozenset(t for t in rows if pays(ratios[t], 1)), _with_ratios("checked", ratios.values())
+
+
+def _ratio(times: tuple[float, float]) -> float:
+    return times[0] / times[1]
+
+
+def _with_ratios(reason: str, ratios: Iterable[float]) -> str:
+    """The reason, and between what shares of the library's time the kernel takes."""
+    found = sorted(ratios)
+    if not found:
+        return reason
+    low, high = f"{found[0]:.2f}", f"{found[-1]:.2f}"
+    return f"{reason}; the kernel takes {low if low == high else f'{low} to {high}'} of the library's time"
