@@ -66,7 +66,9 @@ def balance(rows: int, heads: int, block_h: int, programs: int) -> float:
     return tiles / (-(-tiles // programs) * programs)
 
 
-def stage_time(rows: int, heads: int, tiling: Tiling, weight_bytes: int, activation_bytes: int, device: Device) -> float:
+def stage_time(
+    rows: int, heads: int, tiling: Tiling, weight_bytes: int, activation_bytes: int, device: Device
+) -> float:
     """A stage's time over that of its weights at the memory's full speed: a model, for comparing tilings.
 
     Programs deal out whole rounds; in the last one, perhaps of few tiles, fewer bytes are on their way.  Not below what
@@ -116,6 +118,8 @@ def choose_tiling(
                     found.append((stage_time(hidden, heads, tiling, *sizes, device), per_processor, tiling))
                     break
     if not found:
-        raise ValueError(f"no tile of H={hidden}, batch {batch} fits {device.shared_per_program} bytes of shared memory")
+        raise ValueError(
+            f"no tile of H={hidden}, batch {batch} fits {device.shared_per_program} bytes of shared memory"
+        )
     fastest = min(time for time, _, _ in found)
     return max((one for one in found if one[0] <= 1.02 * fastest), key=lambda one: (one[1], one[2].block_h))[2]

@@ -307,8 +307,8 @@ def test_a_kernel_is_kept_only_where_it_gains(monkeypatch, no_group, weights, to
     assert choice.argmax == {16}
     assert choice.describe() == (
         "heads by one Triton launch (it fits; checked; the kernel takes 0.97 of the library's time) and by batched "
-        "matrix products (1 at batch 17 to 32, 2 at batch 17 to 32), argmax by Triton kernel (checked; the kernel takes "
-        "0.97 of the library's time) and by logits (17 to 32, 33 to 64 rows)"
+        "matrix products (1 at batch 17 to 32, 2 at batch 17 to 32), argmax by Triton kernel (checked; the kernel "
+        "takes 0.97 of the library's time) and by logits (17 to 32, 33 to 64 rows)"
     )
     assert choose(weights, shapes, tokens, timer=slow_above(64)).argmax == {16, 32, 64}
     none = choose(weights, shapes, tokens, timer=slow_above(0))

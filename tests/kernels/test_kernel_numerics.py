@@ -167,9 +167,7 @@ class TestParallelHeads:
         from triton.runtime.interpreter import InterpreterBuilder
 
         atomics, add = [], InterpreterBuilder.create_atomic_rmw
-        monkeypatch.setattr(
-            InterpreterBuilder, "create_atomic_rmw", lambda *a, **k: atomics.append(1) or add(*a, **k)
-        )
+        monkeypatch.setattr(InterpreterBuilder, "create_atomic_rmw", lambda *a, **k: atomics.append(1) or add(*a, **k))
         counters = heads.new_counters(torch.device("cpu"))
         counters[heads.GAVE_UP] = int(set_before)
         self.launch_two_programs(counters, polls=tries or 50)

@@ -1,4 +1,4 @@
-"""The check that each kernel has to pass when the model is loaded: right on this device, with the model's own weights."""
+"""The check that each kernel has to pass when the model is loaded: right on this device, with the model's weights."""
 
 from __future__ import annotations
 
