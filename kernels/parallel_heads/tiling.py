@@ -36,15 +36,17 @@ class Tiling:
     num_warps: int
     programs: int
     native_fp8: bool = True
+    amd: bool = False
 
     def shared_bytes(self, weight_bytes: int, activation_bytes: int) -> int:
         """Upper estimate of one program's shared memory, checked against compiled kernels by the ahead-of-time test.
 
         The pipeline holds one pair of tiles less than its depth; with tiles of 64 rows, which Hopper's asynchronous
-        matrix instructions read from shared memory, one more, and the first tile of a stage beside them.
+        matrix instructions read from shared memory, one more, and the first tile of a stage beside them.  On AMD the
+        tiles on their way are in registers.
         """
         pair = self.block_k * (self.block_h * weight_bytes + self.block_b * activation_bytes)
-        return int(pair * (self.num_stages + (1.25 if self.block_h == 64 else -0.5)))
+        return int(pair * (self.num_stages + (1.25 if self.block_h == 64 and not self.amd else -0.5)))
 
     def bytes_in_flight(self, weight_bytes: int) -> int:
         """Weights of one program that are on their way while it multiplies."""
@@ -105,7 +107,7 @@ def choose_tiling(
     rows, block_k = _shapes(weight_bytes)
     if device.amd:
         block_h = rows[0]
-        return Tiling(block_h, block_b, block_k, 2, 4, heads * -(-hidden // block_h), device.native_fp8)
+        return Tiling(block_h, block_b, block_k, 2, 4, heads * -(-hidden // block_h), device.native_fp8, True)
     found: list[tuple[float, int, Tiling]] = []
     for block_h in rows:
         for per_processor in (2, 1):

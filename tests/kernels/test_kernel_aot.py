@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -78,8 +79,10 @@ print(kept[0].asm["ptx"])
     assert run.returncode == 0, run.stderr[-3000:]
     cooperative, _, ptx = run.stdout.partition("\n")
     assert cooperative == "True"
-    for instruction in ("global.gpu.release.add", "global.gpu.acquire", "global.gpu.acq_rel.add", "ld.global.cg"):
+    for instruction in ("global.gpu.release.add", "global.gpu.acquire", "global.gpu.relaxed.exch", "ld.global.cg"):
         assert instruction in ptx, instruction
+    zeroed = [match.start() for match in re.finditer("global.gpu.relaxed.exch", ptx)]
+    assert sum(place < ptx.index("global.gpu.release.add") for place in zeroed) == 4, "set anew before the first arrival"
     wait = ptx.index("global.gpu.acquire")
     assert "ld.global.L1::evict_first" in ptx[ptx.index("global.gpu.release.add") : wait], "no prefetch before the wait"
     assert "bar.sync" in ptx[ptx.rindex("st.global", 0, ptx.index("global.gpu.release.add")) : wait]

@@ -172,8 +172,8 @@ class TestParallelHeads:
         counters[heads.GAVE_UP] = int(set_before)
         self.launch_two_programs(counters, polls=tries or 50)
         assert counters[heads.GAVE_UP] == 1
-        # Beside the polls: each program adds and polls once a barrier, the first sets five counters anew.
-        assert tries <= len(atomics) <= tries + 2 * 5 * 2 + 5 + 5
+        # Beside the polls: each program adds, polls once and sets the flag at each barrier, and the first zeroes five.
+        assert tries <= len(atomics) < tries + 2 * 5 * 3 + 5
 
     def test_a_wait_is_short(self):
         """Some tens of milliseconds, not a second, at a microsecond a poll."""
@@ -181,14 +181,13 @@ class TestParallelHeads:
 
         assert MAX_POLLS == 1 << 15
 
-    @pytest.mark.parametrize("place", range(5))
-    @pytest.mark.parametrize("left", [7, 8, 9, 1 << 20])
-    def test_counters_that_are_not_zero_heal(self, place, left):
-        """Whatever a launch that was ended, or memory that was lost, has left in a barrier's counter."""
-        weights, m = head_weights(2, 32, 2, torch.float32), torch.randn(3, 64)
+    @pytest.mark.parametrize("left", [7, 8, 1 << 20])
+    def test_counters_that_are_not_zero_heal(self, left):
+        """Whatever a launch that was ended, or memory that was lost, has left in the barriers' counters."""
+        weights, m = head_weights(1, 16, 2, torch.float32), torch.randn(3, 32)
         stages = heads.parallel_heads(m, weights, path=heads.HeadsPath.STAGES)
         counters = heads.new_counters(m.device)
-        counters[place] = left
+        counters[: heads.GAVE_UP] = torch.arange(heads.GAVE_UP) + left
         for _ in range(2):
             fused = heads.parallel_heads(m, weights, path=heads.HeadsPath.FUSED, counters=counters)
             assert counters[[0, heads.GAVE_UP]].tolist() == [0, 0]
