@@ -15,6 +15,7 @@ from vllm_gumiho.benchmark.command import bench
 from vllm_gumiho.demo.command import demo
 from vllm_gumiho.errors import GumihoError
 from vllm_gumiho.evaluation.command import evaluate, plot_acceptance
+from vllm_gumiho.gpu_check.command import gpu_check
 from vllm_gumiho.options import STORED, TARGET, JsonFlag, renamed
 from vllm_gumiho.training.command import generate, plot_training, train
 from vllm_gumiho.tuning.command import plan, tune
@@ -129,6 +130,7 @@ app.command(
 )(evaluate)
 app.command("plot-acceptance", rich_help_panel=MEASURE)(plot_acceptance)
 app.command("bench", rich_help_panel=MEASURE, cls=renamed(max_concurrency="concurrency"))(bench)
+app.command("gpu-check", rich_help_panel=MEASURE)(gpu_check)
 app.command("plan", rich_help_panel=MEASURE, cls=renamed(batch="concurrency"))(plan)
 app.command("tune", rich_help_panel=MEASURE, cls=renamed(max_batch="concurrency"))(tune)
 

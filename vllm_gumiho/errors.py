@@ -43,6 +43,10 @@ class BenchError(GumihoError):
     """A benchmark that cannot be run."""
 
 
+class GpuCheckError(GumihoError):
+    """A check of a GPU that cannot be made."""
+
+
 class TuningError(GumihoError):
     """A plan or a measurement that cannot be made."""
 

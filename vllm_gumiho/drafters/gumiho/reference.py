@@ -1,0 +1,104 @@
+"""Gumiho's drafting written straight from its equations, the ground truth: whole sequences, no cache, float32.
+
+Source: Gumiho (arXiv 2503.10135) section 3 and the released code: one token pair ``(E[x[t+1]], h[t])`` a position,
+``fc`` with the embedding first, Llama layers of which the first has no input norm, no final norm, six-stage heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class ReferenceDrafter:
+    """weights: tensors under their checkpoint names; embed, lm_head: the target's, ``[V, H]``."""
+
+    weights: dict[str, Tensor]
+    embed: Tensor
+    lm_head: Tensor
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    eps: float
+
+    def fuse(self, token: Tensor, feature: Tensor) -> Tensor:
+        both = torch.cat((self.embed[token], feature), dim=-1)
+        return both @ self.weights["fc.weight"].T + self.weights["fc.bias"]
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weights[name]
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x ``[T, heads, D]`` at positions 0..T-1: pairs (i, i + D/2) turned by position * theta^(-2i/D)."""
+        half = self.head_dim // 2
+        out = torch.empty_like(x)
+        for position in range(x.shape[0]):
+            for i in range(half):
+                angle = position * self.rope_theta ** (-2 * i / self.head_dim)
+                a, b = x[position, :, i], x[position, :, i + half]
+                out[position, :, i] = a * math.cos(angle) - b * math.sin(angle)
+                out[position, :, i + half] = b * math.cos(angle) + a * math.sin(angle)
+        return out
+
+    def layer(self, x: Tensor, index: int) -> Tensor:
+        at = f"layers.{index}."
+        y = x if index == 0 else self.norm(x, f"{at}input_layernorm.weight")
+        length = x.shape[0]
+
+        def project(name: str, heads: int) -> Tensor:
+            return (y @ self.weights[f"{at}self_attn.{name}.weight"].T).view(length, heads, self.head_dim)
+
+        q = self.rotate(project("q_proj", self.num_heads))
+        k = self.rotate(project("k_proj", self.num_kv_heads))
+        v = project("v_proj", self.num_kv_heads)
+        mixed = torch.zeros(length, self.num_heads, self.head_dim)
+        for head in range(self.num_heads):
+            shared = head * self.num_kv_heads // self.num_heads
+            for t in range(length):
+                scores = (k[: t + 1, shared] @ q[t, head]) / math.sqrt(self.head_dim)
+                mixed[t, head] = scores.softmax(0) @ v[: t + 1, shared]
+        x = x + mixed.reshape(length, -1) @ self.weights[f"{at}self_attn.o_proj.weight"].T
+        y = self.norm(x, f"{at}post_attention_layernorm.weight")
+        gate = torch.nn.functional.silu(y @ self.weights[f"{at}mlp.gate_proj.weight"].T)
+        up = y @ self.weights[f"{at}mlp.up_proj.weight"].T
+        return x + (gate * up) @ self.weights[f"{at}mlp.down_proj.weight"].T
+
+    def transformer(self, fused: Tensor) -> Tensor:
+        x = fused
+        for index in range(2):
+            x = self.layer(x, index)
+        return x
+
+    def head(self, m: Tensor, index: int) -> Tensor:
+        def stage(x: Tensor, j: int) -> Tensor:
+            at = f"mlp.{index}.{j}.linear."
+            return torch.nn.functional.silu(x @ self.weights[f"{at}weight"].T + self.weights[f"{at}bias"])
+
+        z = stage(m, 0)
+        for j in range(1, 6):
+            z = z + stage(z, j)
+        return z
+
+    def draft(self, tokens: Tensor, features: Tensor) -> tuple[list[int], list[Tensor]]:
+        """Seven draft tokens and the features they come from.
+
+        tokens ``[T + 1]``: verified tokens x[0..T]; features ``[T, H]``: the target's h[0..T-1].
+        """
+        fused = self.fuse(tokens[1:], features)
+        h1 = self.transformer(fused)[-1]
+        y1 = (self.lm_head @ h1).argmax()
+        o1 = self.fuse(y1, h1)
+        h2 = self.transformer(torch.cat((fused, o1[None])))[-1]
+        y2 = (self.lm_head @ h2).argmax()
+        o2 = self.fuse(y2, h2)
+        drafted, out = [int(y1), int(y2)], [h1, h2]
+        for index in range(5):
+            z = self.head(torch.cat((o1, o2)), index)
+            drafted.append(int((self.lm_head @ z).argmax()))
+            out.append(z)
+        return drafted, out
