@@ -80,8 +80,8 @@ examples: models  ## every example at its smallest size
 	$(RUN) sh examples/train_head.sh
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/llama3_8b.py; code=$$?; test $$code -eq 3 -o $$code -eq 0
 
-gpu:  ## on a GPU, by the Python that has vLLM for CUDA: kernels, engines with them off and on, benchmark
-	$(PYTHON) tests/gpu_main.py --out out/gpu
+gpu:  ## on a GPU, by the Python that has vLLM for CUDA: which of the promises hold there, in nine minutes
+	$(PYTHON) -m vllm_gumiho.cli gpu-check --output out/gpu
 
 # SmolLM2 with its trained head, then shapes of 8B and of a 70B shard with random weights at assumed acceptance.
 gpu-bench:  ## on a GPU: speed of SmolLM2, and of 8B and 70B shapes with random weights

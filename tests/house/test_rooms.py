@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "evaluation": "checkpoint drafters engines env errors figures files options plugin request",
     "benchmark": "drafters engines env errors evaluation figures files options",
     "demo": "drafters engines files options request",
-    "cli": "benchmark demo drafters engines errors evaluation options plugin request training tuning",
+    "gpu_check": "benchmark drafters engines env errors files kernels",
+    "cli": "benchmark demo drafters engines errors evaluation gpu_check options plugin request training tuning",
     "__init__": "plugin version",
 }
 # A drafter names its runners for vLLM to make, and a runner knows its drafter: the one pair that knows each other.

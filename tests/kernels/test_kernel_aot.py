@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from functools import cache
@@ -81,8 +80,8 @@ print(kept[0].asm["ptx"])
     assert cooperative == "True"
     for instruction in ("global.gpu.release.add", "global.gpu.acquire", "global.gpu.relaxed.exch", "ld.global.cg"):
         assert instruction in ptx, instruction
-    zeroed = [match.start() for match in re.finditer("global.gpu.relaxed.exch", ptx)]
-    assert sum(place < ptx.index("global.gpu.release.add") for place in zeroed) == 4, "set anew before the first arrival"
+    before_arrival = ptx[: ptx.index("global.gpu.release.add")]
+    assert before_arrival.count("global.gpu.relaxed.exch") == 4, "counters are set anew before the first arrival"
     wait = ptx.index("global.gpu.acquire")
     assert "ld.global.L1::evict_first" in ptx[ptx.index("global.gpu.release.add") : wait], "no prefetch before the wait"
     assert "bar.sync" in ptx[ptx.rindex("st.global", 0, ptx.index("global.gpu.release.add")) : wait]

@@ -35,9 +35,7 @@ def prepare(runner: str) -> None:
     os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="INFO")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    if os.environ.get("GUMIHO_TESTS_ON_GPU"):
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner == "v2"))
-    elif runner == "v2":
+    if runner == "v2":
         from vllm_gumiho.engines import interpreter
 
         interpreter.prepare()
@@ -207,6 +205,8 @@ PLANTS = {"accepts too often": accept_too_often, "gpu-like": operators.turn_on, 
 
 def run_case(case: dict, attempts: list[str]) -> dict:
     from vllm import LLM
+
+    from vllm_gumiho.gpu_check.record import record_drafts
 
     if case.get("import_first"):
         import vllm_gumiho  # noqa: F401

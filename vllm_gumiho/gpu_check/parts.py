@@ -150,7 +150,9 @@ class Check:
         problems = [] if two["texts"] == own else ["a text is not the target's own"]
         if two["accepted"] != one["accepted"]:
             problems.append(f"accepted {two['accepted']}, on one {one['accepted']}")
-        return Outcome(part, problems, f"accepted at each position {two['accepted']}", facts={"accepted": two["accepted"]})
+        return Outcome(
+            part, problems, f"accepted at each position {two['accepted']}", facts={"accepted": two["accepted"]}
+        )
 
     def engine_speed(self, part: str) -> Outcome:
         """Tokens per second with the kernels on are at least those with them off, less what timing may err."""

@@ -71,7 +71,7 @@ def heads(_: Any, hidden: int, counts: list[int], batches: list[int], device: st
     for path in paths:
         for count in counts:
             for batch in batches:
-                run = partial(
+                run: Callable[[], Tensor] = partial(
                     parallel_heads, inputs.m[:batch], inputs.weights.take(count), path=path, counters=counters
                 )
                 replay = _captured(run) if device != "cpu" else run
@@ -83,7 +83,9 @@ def heads(_: Any, hidden: int, counts: list[int], batches: list[int], device: st
                 same = all(torch.equal(z, found[0]) for z in found)
                 checked += 1
                 if not error <= allowed or not same or counters[0] or counters[GAVE_UP]:
-                    wrong.append(f"{count} heads at batch {batch} by {path.value}: off by {error:.2e}, same bits {same}")
+                    wrong.append(
+                        f"{count} heads at batch {batch} by {path.value}: off by {error:.2e}, same bits {same}"
+                    )
     return {"checked": checked, "paths": [path.value for path in paths], "wrong": wrong}
 
 
