@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_gumiho.kernels.lm_head_argmax import TopToken, lm_head_argmax
+from vllm_gumiho.kernels.lm_head_argmax import MAX_ROWS, TopToken, lm_head_argmax
 from vllm_gumiho.kernels.parallel_heads import (
     HEAD_STAGES,
     SPACING,
@@ -24,6 +24,7 @@ from vllm_gumiho.kernels.parallel_heads import (
     parallel_heads_reference,
     quantize_heads,
 )
+from vllm_gumiho.kernels.parallel_heads.tiling import MAX_BATCH
 
 
 class HeadsInputs(NamedTuple):
@@ -114,12 +115,14 @@ class HeadsCase:
         return error, HEAD_STAGES * SPACING[self.dtype] * largest
 
     def methods(self) -> dict[str, Callable[[HeadsInputs], Tensor]]:
-        """Ours, then the baselines."""
-        found: dict[str, Callable[[HeadsInputs], Tensor]] = {"triton": heads_triton}
-        if self.device == "cpu":
-            found["triton, one launch"] = partial(heads_triton, path=HeadsPath.FUSED)
-        else:
-            found["triton, launch per stage"] = partial(heads_triton, path=HeadsPath.STAGES)
+        """Ours, up to the batch that it takes, then the baselines."""
+        found: dict[str, Callable[[HeadsInputs], Tensor]] = {}
+        if self.batch <= MAX_BATCH:
+            found["triton"] = heads_triton
+            if self.device == "cpu":
+                found["triton, one launch"] = partial(heads_triton, path=HeadsPath.FUSED)
+            else:
+                found["triton, launch per stage"] = partial(heads_triton, path=HeadsPath.STAGES)
         return found | {
             "triton, fp8 weights": partial(heads_triton, fp8=True),
             "baddbmm": heads_baddbmm,
@@ -186,8 +189,9 @@ class ArgmaxCase:
         return worst, allowed
 
     def methods(self) -> dict[str, Callable[[ArgmaxInputs], TopToken]]:
-        """Ours, then the baseline."""
-        return {"triton": lambda inputs: lm_head_argmax(*inputs), "logits, then max": argmax_logits}
+        """Ours, up to the rows that it takes, then the baseline."""
+        ours: dict[str, Callable[[ArgmaxInputs], TopToken]] = {"triton": lambda inputs: lm_head_argmax(*inputs)}
+        return (ours if self.batch <= MAX_ROWS else {}) | {"logits, then max": argmax_logits}
 
     def compiled_methods(self) -> dict[str, Callable[[ArgmaxInputs], TopToken]]:
         """None: a library product does the work."""

@@ -95,6 +95,16 @@ def test_every_asked_case_is_planned():
     assert rounds == {(1, False), (8, False), (64, False), (1, True)}
 
 
+def test_what_the_kernels_do_not_take_is_not_timed_as_theirs():
+    """Above 32 requests and 64 rows serving takes the library, which is a baseline already."""
+    for batch, ours in ((32, True), (33, False)):
+        methods = HeadsCase(64, batch, 2, device="cpu").methods()
+        assert ("triton" in methods) is ours
+        assert "baddbmm" in methods
+    for rows, ours in ((64, True), (65, False)):
+        assert ("triton" in ArgmaxCase(64, rows, device="cpu").methods()) is ours
+
+
 def test_a_round_is_put_beside_its_bytes_and_a_target_pass(monkeypatch):
     """4.2 TB/s: 6.29 GB take 1.5 ms, a target pass 3.6 ms."""
     monkeypatch.setattr(bench.timing, "graph_microseconds", lambda calls: 1800.0)
