@@ -206,8 +206,6 @@ PLANTS = {"accepts too often": accept_too_often, "gpu-like": operators.turn_on, 
 def run_case(case: dict, attempts: list[str]) -> dict:
     from vllm import LLM
 
-    from vllm_gumiho.gpu_check.record import record_drafts
-
     if case.get("import_first"):
         import vllm_gumiho  # noqa: F401
     if "plant" in case:
