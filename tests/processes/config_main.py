@@ -46,6 +46,8 @@ def main() -> None:
             results[name] |= {
                 "V2 lacks": config._get_v2_model_runner_unsupported_features(),
                 "V2": config.use_v2_model_runner,
+                "positions": config.model_config.max_model_len,
+                "draft positions": speculative and speculative.draft_model_config.max_model_len,
             }
             if config.quant_config is not None:
                 draft = get_draft_quant_config(config) if speculative else None

@@ -35,6 +35,15 @@ FORMATS = {
     "MXFP4": ({"quant_method": "mxfp4"}, "Mxfp4Config"),
 }  # fmt: skip
 
+# A checkpoint's own, each made for fewer positions than the 256 that the target is served with.
+ROPES = {
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 64},
+    "dynamic": {"factor": 1.5},
+    "longrope": {
+        "short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "original_max_position_embeddings": 64, "factor": 2.0,
+    },
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory):
@@ -52,6 +61,10 @@ def configs(tmp_path_factory):
         "lora off": {"enable_lora": True},
         "three serial steps": common | {"speculative_config": deep},
     }
+    for kind, rope in ROPES.items():
+        own = {"rope_parameters": rope | {"rope_type": kind, "rope_theta": 10000.0}, "max_position_embeddings": 128}
+        other = predictable.write_checkpoint(folder / f"gumiho with {kind}", config=own)
+        cases[kind] = common | {"speculative_config": gumiho(other)}
     for name, (quantization, _) in FORMATS.items():
         quantised = folder / name
         quantised.mkdir()
@@ -96,3 +109,12 @@ def test_runner_v1_is_taken_for_what_v2_lacks(configs):
         "lora": False,
         "three serial steps": False,
     }
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", [*ROPES, "plain"])
+def test_a_checkpoints_own_rope_shortens_nothing(configs, kind):
+    """In V2, vLLM 0.33 lowers the target's ``max_model_len`` to that of a draft of another rope than the target's."""
+    assert configs[kind]["V2"]
+    assert configs[kind]["positions"] == 256
+    assert configs[kind]["draft positions"] >= 256

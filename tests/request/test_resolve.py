@@ -38,6 +38,39 @@ def draft_config(spec):
         return json.load(file)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+
+
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [
+        (YARN, False), (YARN | {"factor": 5.12}, True), (YARN | {"rope_type": "deepseek_yarn"}, False),
+        (LONGROPE | {"original_max_position_embeddings": 256}, False),
+        (LONGROPE | {"original_max_position_embeddings": 512}, True),
+        ({"rope_type": "dynamic", "factor": 2.0}, True), ({"rope_type": "linear", "factor": 2.0}, True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_a_rope_that_ends_before_the_target_does_is_the_targets(own, kept, key, tmp_path, cache, caplog):
+    """Or vLLM would cut the target's ``max_model_len``, or its draft's positions, down to the checkpoint's."""
+    written = {key: own, "rope_theta": 7.0, "max_position_embeddings": 256}
+    folder = write_released(tmp_path / "checkpoint", drafter_tensors(), written)
+    layer = draft_config(rewritten({"model": str(folder)}))["transformer_layer_config"]
+    assert layer["max_position_embeddings"] == 512
+    rope = {name: layer[name] for name in ("rope_parameters", "rope_scaling", "rope_theta") if name in layer}
+    assert rope == ({key: own, "rope_theta": 7.0} if kept else {"rope_parameters": ROPE})
+    assert ("drafting with the target's rope" in caplog.text) == (not kept)
+
+
+def test_a_target_served_past_its_own_rope_shares_it(tmp_path, cache, caplog):
+    """``VLLM_ALLOW_LONG_MAX_MODEL_LEN``: nothing reaches further than what the target has."""
+    folder = write_released(tmp_path / "checkpoint", drafter_tensors())
+    layer = draft_config(rewritten({"model": str(folder)}, fake_target(rope_parameters=YARN)))
+    assert layer["transformer_layer_config"]["rope_parameters"] == YARN
+    assert "rope" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("spec", "asks"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -15,6 +16,8 @@ from vllm_gumiho.files import digest_of, write_json
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
+
+logger = logging.getLogger("vllm.vllm_gumiho")
 
 
 def derive_draft_config(checkpoint: Checkpoint, target: ModelConfig) -> dict[str, Any]:
@@ -61,11 +64,38 @@ def derive_draft_config(checkpoint: Checkpoint, target: ModelConfig) -> dict[str
         config = speculators_config(checkpoint.drafter, sizes, target.model, layer)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}; correct its config.json or fetch it again") from error
-    # Model runner V1 checks drafts of stale tokens for a whole batch once a request is longer than this.
     final = config["transformer_layer_config"]
-    final["max_position_embeddings"] = max(final["max_position_embeddings"], target.max_model_len)
+    _reach_all_positions(checkpoint, final, dict(rope), target.max_model_len)
     config["gumiho_checkpoint"] = str(checkpoint.path.resolve())
     return config
+
+
+def _reach_all_positions(checkpoint: Checkpoint, layer: dict[str, Any], rope: dict[str, Any], length: int) -> None:
+    """Give the draft layers a position for each of the target's; ``rope`` is the target's own.
+
+    Past the draft's last one, model runner V1 checks drafts of stale tokens for a whole batch, and vLLM 0.33 takes a
+    smaller ``max_model_len`` for the target in V2.
+    """
+    layer["max_position_embeddings"] = max(layer["max_position_embeddings"], length)
+    own = layer.get("rope_scaling") or layer.get("rope_parameters") or {}
+    reach = _fixed_reach(own)
+    if reach is None or reach >= length or own == rope:
+        return
+    logger.warning(
+        "%s: its rope (%s) reaches %d positions, the target is served with %d; drafting with the target's rope",
+        checkpoint.path, own.get("rope_type", own.get("type")), reach, length,
+    )  # fmt: skip
+    for key in ("rope_parameters", "rope_scaling", "rope_theta"):
+        layer.pop(key, None)
+    layer["rope_parameters"] = rope
+
+
+def _fixed_reach(rope: dict[str, Any]) -> int | None:
+    """How many positions a rope has in vLLM whatever ``max_position_embeddings`` says; None where that decides."""
+    kind, original = rope.get("rope_type", rope.get("type")), rope.get("original_max_position_embeddings")
+    if kind in ("yarn", "deepseek_yarn", "deepseek_llama_scaling"):
+        return int(original * rope["factor"])
+    return original if kind == "longrope" else None
 
 
 def publish(config: dict[str, Any]) -> Path:
