@@ -1,7 +1,7 @@
 """The one table of vLLM internals that this package touches, with what must hold for each.
 
 `check` compares it with the source of a vLLM, installed or in a wheel, without importing it.  A test derives the names
-that the package imports from vLLM and holds the table to them.
+that the package imports from vLLM, and the attributes that it takes from vLLM's classes, and holds the table to them.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ SERVING: tuple[Hook, ...] = (
          "config.json of the speculators format", ("name",)),
     Hook("vllm.model_executor.model_loader", "register_model_loader", "registered", "strict reading of checkpoints",
          ("load_format",)),
+    Hook(_PROPOSER[0], _PROPOSER[1], "inherited", "what a draft is made of and kept in, runner V1",
+         ("draft_model_config", "input_ids", "hidden_states", "max_batch_size", "_last_draft_probs")),
     Hook(_PROPOSER[0], f"{_PROPOSER[1]}.propose", "inherited", "serial steps, runner V1",
          ("num_speculative_tokens", "sampling_metadata")),
     Hook(_PROPOSER[0], f"{_PROPOSER[1]}._sample_draft_tokens", "inherited", "what each serial step drafted from",
@@ -73,6 +75,11 @@ SERVING: tuple[Hook, ...] = (
     Hook(_SPECULATOR[0], f"{_SPECULATOR[1]}.propose", "inherited", "looks whether the heads' single launch gave up"),
     Hook("vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager.release_graphs", "called",
          "drops graphs whose single launch gave up"),
+    Hook(f"{_V2}.speculator", "DraftModelSpeculator", "inherited", "what a draft is made of and kept in, runner V2",
+         ("num_speculative_steps", "idx_mapping", "temperature", "seeds", "draft_tokens", "draft_logits",
+          "acceptance_estimator", "draft_watermarker")),
+    Hook(*_SPECULATOR, "inherited", "positions that tokens are drawn by, runner V2",
+         ("DraftModelSpeculator", "sample_src_positions")),
     Hook(_SPECULATOR[0], f"{_SPECULATOR[1]}._run_model", "inherited", "features of the last serial step"),
     Hook(_SPECULATOR[0], f"{_SPECULATOR[1]}._multi_step_decode", "inherited", "stops after the second serial token",
          _DECODE),
@@ -102,7 +109,8 @@ SERVING: tuple[Hook, ...] = (
     Hook(f"{_LAYERS}.logits_processor", "LogitsProcessor.get_top_tokens", "called", "greedy tokens of LM head shards",
          ("lm_head", "hidden_states", "embedding_bias")),
     Hook(f"{_LAYERS}.vocab_parallel_embedding", "VocabParallelEmbeddingShardIndices", "called",
-         "tokens of an LM head's shard, for the argmax kernel", ("org_vocab_start_index", "org_vocab_end_index")),
+         "tokens of an LM head's shard, for the argmax kernel",
+         ("org_vocab_start_index", "org_vocab_end_index", "num_added_elements")),
     Hook(f"{_LAYERS}.vocab_parallel_embedding", "UnquantizedEmbeddingMethod.apply", "called",
          "checks the argmax kernel", ("layer", "x", "bias")),
     Hook("vllm.distributed.communication_op", "tensor_model_parallel_all_gather", "called",
@@ -122,7 +130,6 @@ SERVING: tuple[Hook, ...] = (
     Hook("vllm.v1.sample.metadata", "SamplingMetadata", "called", "types of runner V1's functions"),
     Hook("vllm.v1.spec_decode.dynamic.utils", "validate_and_normalize_dynamic_sd_schedule", "called",
          "vLLM's own rules for schedules of K"),
-    Hook("vllm.logger", "init_logger", "called", "vLLM's log"),
     Hook("vllm.envs", "__getattr__", "called", "vLLM's cache folder; breakable CUDA graphs", ("name",)),
     Hook("vllm.platforms", "__getattr__", "called", "current_platform", ("name",)),
 )  # fmt: skip
@@ -133,6 +140,7 @@ MEASURING: tuple[Hook, ...] = (
          ("dynamic_sd_lookup",)),
     Hook("vllm.utils.ompmultiprocessing", "OMPProcessManager.configure_omp_envs", "called",
          "tune: a server's threads for an engine in one process"),
+    Hook("vllm.entrypoints.cli.main", "main", "called", "tune, eval and bench: vllm serve"),
     Hook("vllm.utils.torch_utils", "set_random_seed", "called", "eval: a set's draws", ("seed",)),
     Hook("vllm.utils.argparse_utils", "FlexibleArgumentParser", "called", "bench: arguments of vLLM's commands"),
     Hook("vllm.benchmarks.serve", "add_cli_args", "called", "bench: arguments of vllm bench serve", ("parser",)),
