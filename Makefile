@@ -13,10 +13,10 @@ PRELOAD = $(abspath $(wildcard $(VENV)/lib/libiomp5.so)) $(shell ldconfig -p 2>/
 RUN = env LD_PRELOAD="$(strip $(PRELOAD))" VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo serve test test-long next-wheel lint docs lossless soak bench examples gpu gpu-bench clean
+.PHONY: help setup models demo serve test test-long test-next test-next-quick next-wheel next lint docs lossless soak bench examples gpu gpu-bench clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(VENV)/.ready  ## the virtual environment, with vLLM's CPU build
 
@@ -50,6 +50,23 @@ next-wheel: setup
 	@ls .whl/vllm-$(NEXT)-*.whl >/dev/null 2>&1 \
 	  || $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d .whl vllm==$(NEXT) \
 	  || echo "no wheel of vLLM $(NEXT): its hooks are not checked" >&2
+
+# The next vLLM has no CPU build yet: its Python is put on the CPU libraries of this one, in a folder of its own.
+next: next-wheel
+	@test .next/.ready -nt $(VENV)/.ready -a .next/.ready -nt tests/support/next_release.py \
+	  || { $(BIN)/python tests/support/next_release.py .whl/vllm-$(NEXT)-*.whl .next && touch .next/.ready; } \
+	  || { rm -rf .next; echo "vLLM $(NEXT) could not be set up: its tests do not run" >&2; }
+
+test-next: models next  ## the tests against vLLM 0.33, recorded for docs/features.md
+	@test -e .next/.ready
+	rm -f docs/results/vllm-0.33.json
+	$(RUN) .next/bin/python -m pytest -m "not long" -n $(WORKERS) --dist loadfile --record docs/results/vllm-0.33.json
+	$(BIN)/python tests/support/feature_list.py
+
+test-next-quick: models next  ## a few minutes of them: hooks, drafting in both runners, a server
+	@if test -e .next/.ready; then \
+	  $(RUN) .next/bin/python -m pytest -m "next_release and not long" -n $(WORKERS) --dist loadfile tests/plugin tests/runners tests/engines; \
+	else echo "make test-next-quick: skipped, as there is no vLLM $(NEXT)"; fi
 
 lint: setup  ## style and types
 	$(BIN)/ruff check .
@@ -89,4 +106,4 @@ gpu-bench:  ## on a GPU: speed of SmolLM2, and of 8B and 70B shapes with random 
 	$(PYTHON) -m vllm_gumiho.benchmark.shapes --output out/gpu-bench
 
 clean:  ## remove all that the other targets made
-	rm -rf $(VENV) build out models site .whl *.egg-info
+	rm -rf $(VENV) .next build out models site .whl *.egg-info

@@ -4,13 +4,24 @@ import os
 from pathlib import Path
 
 import pytest
+import record
 import tiny
 
 EMBEDDED = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct"
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", type=Path, help="write what passed, was skipped and is proven to this file")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    record.mark_rows(items)
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Under pytest-xdist the engines of each worker keep to cores of their own: OpenMP's threads spin."""
+    if config.getoption("record") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(record.Recorder(config.getoption("record").absolute()))
     worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if worker is None or not hasattr(os, "sched_getaffinity"):
         return

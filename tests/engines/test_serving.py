@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.next_release]
 BIN = Path(sys.executable).parent
 DASHBOARD = ROOT / "examples" / "grafana" / "vllm-gumiho.json"
 START_LIMIT_S = 900

@@ -104,6 +104,8 @@ def _by_speculator(runner: Any, record: Record) -> None:
                 length = int(states.total_len.gpu[slot])
                 record.texts[name] = states.all_token_ids.gpu[slot, :length].tolist()
                 tokens = found[row, : kwargs.get("num_speculative_tokens")].tolist()
+                if not tokens:  # vLLM 0.33 drafts nothing in a step after which no request goes on
+                    continue
                 spread, heat = None, float(temperature[slot])
                 if speculator.draft_logits is not None and heat > 0:
                     spread = (speculator.draft_logits[slot, : len(tokens)].float() / heat).softmax(-1)

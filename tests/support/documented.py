@@ -86,7 +86,7 @@ def _vllm(words: list[str]) -> None:
         _parse(parser, words[2:])
         return
     assert words[0] == "serve", f"no rule for vllm {words[0]}"
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser
 
     words = [str(ROOT / word) if word.startswith("examples/") else word for word in words]
     args = _parse(make_arg_parser(FlexibleArgumentParser()), words[1:])

@@ -1,16 +1,19 @@
 """The rows of the feature matrix, docs/features.md, which ``python tests/support/feature_list.py`` writes.
 
 Which test proves a row, and in which model runner, is read from the tests: ``@pytest.mark.feature(name, runner)``.
+For vLLM's next release it is read from the record of the last ``make test-next`` too: what passed there.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 from places import ROOT, TESTS
 
 PAGE = ROOT / "docs" / "features.md"
+RECORD = ROOT / "docs" / "results" / "vllm-0.33.json"
 RUNNERS = ("V1", "V2")
 SAME, DISTRIBUTION = "same tokens", "same distribution"
 LIKE_OFF, LIKE_EAGLE, REFUSED = "refused as without Gumiho", "refused as with EAGLE", "refused with the remedy"
@@ -27,7 +30,8 @@ FEATURES: dict[str, tuple[str, str]] = {
     "chunked prefill": (SAME, "prompts longer than `max_num_batched_tokens`"),
     "prefix caching": (
         SAME,
-        "hit, partial hit, after eviction (V2: a partial hit); as with EAGLE, the last matching block is recomputed",
+        "hit, partial hit, after eviction (V2: a hit); as with EAGLE, the last matching block is recomputed, by vLLM "
+        "0.33 only where another token follows it",
     ),
     "preemption and recompute": (SAME, ""),
     "requests joining, finishing and aborted": (SAME, "no KV block is left in use"),
@@ -75,19 +79,24 @@ FEATURES: dict[str, tuple[str, str]] = {
 
 HEAD = """# Features
 
-Each row is proven by tests that start real engines, on the CPU build of vLLM 0.32 with tiny models in float32.
+Each row is proven by tests that start real engines, on the CPU build of vLLM with tiny models in float32.
 *Same tokens* means token ids, text and reasons of ending equal to speculation off under greedy decoding, while drafts
-were accepted and, but for a few cases that end at once, rejected (by vLLM's own counters). vLLM 0.32 takes model
-runner V2 by default where Triton is installed, as on GPUs, and V1 in the CPU build (`VLLM_USE_V2_MODEL_RUNNER`
-decides). V2 runs here under Triton's interpreter, and most rows there rest on one batch in which each request asks for
-something else, once. An empty runner means no test there, not a known fault, unless the note says so. What is drafted
-is compared too: with a drafter of random layers, drafts after chunked prefill, prefix hits and preemption, and those of
-two tensor-parallel workers (V1), are those of a request that ran alone. For targets in FP8, NVFP4 and MXFP4, whose
-kernels are for GPUs, the engine's config is made ([engine_configs](../tests/request/test_engine_configs.py)), and no
-engine. `python tests/support/feature_list.py` writes this page from the tests' marks, and
+were accepted and, but for a few cases that end at once, rejected (by vLLM's own counters). The columns have the model
+runners in which it holds. `make test` proves that of vLLM 0.32. That of 0.33 is what passed in the last `make
+test-next`, whose record is [vllm-0.33.json](results/vllm-0.33.json): {passed:,} tests passed, {failed} failed and
+{skipped} were skipped on {date}, with 0.33's Python on the CPU libraries of 0.32.
+
+vLLM takes model runner V2 by default where Triton is installed, as on GPUs, and V1 in the CPU build
+(`VLLM_USE_V2_MODEL_RUNNER` decides). V2 runs here under Triton's interpreter, and most rows there rest on one batch in
+which each request asks for something else, once. A runner that is not named has no test there, which is no known fault,
+unless the note says so; one named for 0.32 alone has not been run with 0.33 yet. What is drafted is compared too: with
+a drafter of random layers, drafts after chunked prefill, prefix hits and preemption, and those of two tensor-parallel
+workers (V1), are those of a request that ran alone. For targets in FP8, NVFP4 and MXFP4, whose kernels are for GPUs,
+the engine's config is made ([engine_configs](../tests/request/test_engine_configs.py)), and no engine. `python
+tests/support/feature_list.py` writes this page from the tests' marks and that record, and
 `tests/house/test_feature_matrix.py` holds it to them.
 
-| feature | state | V1 | V2 | proven by | note |
+| feature | state | 0.32 | 0.33 | proven by | note |
 |---|---|---|---|---|---|
 """
 
@@ -106,19 +115,43 @@ def marks() -> dict[str, dict[str, set[str]]]:
     return found
 
 
+def proven_with_next() -> dict[str, dict[str, set[str]]]:
+    """As `marks`, those files alone whose tests of the row all passed with vLLM's next release."""
+    found: dict[str, dict[str, set[str]]] = {}
+    marked = marks()
+    for file, entry in json.loads(RECORD.read_text())["files"].items():
+        name = file.removeprefix("tests/")
+        for feature, runner in entry["proven"]:
+            if name in marked.get(feature, {}).get(runner, ()):
+                found.setdefault(feature, {}).setdefault(runner, set()).add(name)
+    return found
+
+
+def totals() -> dict[str, int | str]:
+    """Tests that passed, failed and were skipped with vLLM's next release, and when."""
+    record = json.loads(RECORD.read_text())
+    files = record["files"].values()
+    return {
+        "passed": sum(entry["passed"] for entry in files),
+        "failed": sum(len(entry["failed"]) for entry in files),
+        "skipped": sum(sum(entry["skipped"].values()) for entry in files),
+        "date": record["date"],
+    }
+
+
 def page() -> str:
     """docs/features.md as it must be: a note of more than LONGEST words stands below the table, numbered."""
-    marked, lines, notes = marks(), [], []
+    marked, following, lines, notes = marks(), proven_with_next(), [], []
     for name, (state, note) in FEATURES.items():
         proofs = marked.get(name, {})
-        runners = ["yes" if runner in proofs else "" for runner in RUNNERS]
+        cells = [", ".join(runner for runner in RUNNERS if runner in of.get(name, {})) for of in (marked, following)]
         files = sorted({file for files in proofs.values() for file in files})
         links = ", ".join(f"[{Path(file).stem.removeprefix('test_')}](../tests/{file})" for file in files)
         if len(note.split()) > LONGEST:
             notes.append(f"{len(notes) + 1}. {name}: {note}")
             note = f"note {len(notes)}"
-        lines.append(f"| {name} | {state} | {' | '.join(runners)} | {links} | {note} |")
-    return HEAD + "\n".join([*lines, "", *notes]) + "\n"
+        lines.append(f"| {name} | {state} | {' | '.join(cells)} | {links} | {note} |")
+    return HEAD.format(**totals()) + "\n".join([*lines, "", *notes]) + "\n"
 
 
 if __name__ == "__main__":
