@@ -37,8 +37,9 @@ def test_drafts_are_checked_by_fly(results):
 
 
 def test_drafts_by_a_quantised_copy_of_the_lm_head(results):
+    """vLLM makes it of a 16-bit LM head; the argmax kernel takes plain rows only."""
     found = results["quantised"]
-    print(found.get("error"), found["log"][-3000:])
     assert found["drafter"] == "GumihoSpeculator"
     assert found["drafted"] == 7 * found["drafts"] > 0
-    assert "argmax by logits (the LM head is quantised" in found["log"]
+    assert "Quantized a fp8 copy of the lm_head" in found["log"]
+    assert "argmax by logits" in found["log"]
