@@ -112,7 +112,7 @@ def test_training_lowers_the_loss_and_exports_a_whole_drafter(tmp_path, tiny_tar
 def test_one_batch_can_be_learned(tiny_target, data):
     from transformers import AutoModelForCausalLM
 
-    from vllm_gumiho.training.model import FrozenTarget
+    from vllm_gumiho.training.target import FrozenTarget
 
     torch.manual_seed(0)
     target = FrozenTarget(AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32))
@@ -184,7 +184,7 @@ def test_rows_with_unequal_anchors_are_drafted_as_each_alone():
 def test_heads_that_do_not_steer_leave_the_transformer_its_own_gradient(tiny_target, data):
     from transformers import AutoModelForCausalLM
 
-    from vllm_gumiho.training.model import FrozenTarget
+    from vllm_gumiho.training.target import FrozenTarget
 
     target = FrozenTarget(AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32))
     batch = {k: v[None] for k, v in PackedRows(read_samples([data], tiny.VOCAB), 64)[0].items()}

@@ -187,7 +187,8 @@ def test_losses_and_speed_are_logged_to_tensorboard(tmp_path, tiny_target, data)
 def test_operations_of_the_target_count_where_the_cache_has_no_features(tmp_path, tiny_target, data):
     from transformers import AutoModelForCausalLM
 
-    from vllm_gumiho.training.model import FrozenTarget, TrainingModel
+    from vllm_gumiho.training.model import TrainingModel
+    from vllm_gumiho.training.target import FrozenTarget
     from vllm_gumiho.training.speed import training_flops
 
     settings = recipe(tiny_target, data, tmp_path)
@@ -231,7 +232,7 @@ def test_early_stopping_ends_a_run_that_no_longer_gains(tmp_path, tiny_target, d
 def test_features_from_the_cache_are_the_targets(tmp_path, tiny_target, data):
     from transformers import AutoModelForCausalLM
 
-    from vllm_gumiho.training.model import FrozenTarget
+    from vllm_gumiho.training.target import FrozenTarget
 
     model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32)
     batch = {name: value[None] for name, value in _train_rows(recipe(tiny_target, data, tmp_path))[0].items()}

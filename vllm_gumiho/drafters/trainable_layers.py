@@ -2,14 +2,14 @@
 
 The target's embedding and LM head are frozen inputs, never parameters.
 
-Shapes: R packed rows, T positions a row, H hidden size, S serial steps, n heads.
+Shapes: N tokens of packed sequences end to end, A of them anchors, H hidden size, S serial steps, n heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -81,14 +81,39 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary embedding, half-split layout.  x ``[R, heads, T, D]``, positions ``[R, T]``."""
-    half = x.shape[-1] // 2
-    inv_freq = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = positions[:, None, :, None].float() * inv_freq
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+class Sight(Protocol):
+    """Which keys the queries of a pass attend to; see `vllm_gumiho.training.attention`."""
+
+    anchor_index: Tensor
+
+    def attend(self, q: Tensor, past: list[tuple[Tensor, Tensor]], all_queries: bool) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of the layers over n inputs: cos and sin of their positions, ``[n, 1, D/2]``, and what they see.
+
+    later: a serial step after the first, whose inputs are anchors.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    sight: Sight
+    later: bool = False
+
+    @staticmethod
+    def at(positions: Tensor, c: DrafterConfig, sight: Sight, later: bool = False) -> Pass:
+        """positions ``[n]``: rotary positions."""
+        half = c.head_dim // 2
+        inv_freq = c.rope_theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+        angle = positions[:, None, None].float() * inv_freq
+        return Pass(angle.cos(), angle.sin(), sight, later)
+
+    def rotate(self, x: Tensor, only: Tensor | None = None) -> Tensor:
+        """Rotary embedding, half-split layout.  x ``[n, heads, D]``; only: places among the inputs, None for all."""
+        cos, sin = (y if only is None else y[only] for y in (self.cos.to(x.dtype), self.sin.to(x.dtype)))
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class Attention(nn.Module):
@@ -101,20 +126,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """x ``[R, T, H]``; mask bool ``[R, 1, T, keys]``, past keys first.  Appends this step's keys to ``past``."""
-        rows, length, _ = x.shape
+    def forward(self, x: Tensor, at: Pass, past: list[tuple[Tensor, Tensor]], only: Tensor | None) -> Tensor:
+        """x ``[n, H]``; only: places of the queries, None for all.  Appends this pass's keys to ``past``."""
 
         def split(y: Tensor) -> Tensor:
-            return y.view(rows, length, -1, self.c.head_dim).transpose(1, 2)
+            return y.view(y.shape[0], y.shape[1] // self.c.head_dim, self.c.head_dim)
 
-        q = rotate(split(self.q_proj(x)), positions, self.c.rope_theta)
-        k = rotate(split(self.k_proj(x)), positions, self.c.rope_theta)
-        past.append((k, split(self.v_proj(x))))
-        keys = torch.cat([k for k, _ in past], dim=2)
-        values = torch.cat([v for _, v in past], dim=2)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
+        past.append((at.rotate(split(self.k_proj(x))), split(self.v_proj(x))))
+        q = at.rotate(split(self.q_proj(x if only is None else x[only])), only)
+        out = at.sight.attend(q, past, all_queries=only is None and not at.later)
+        return self.o_proj(out.flatten(1))
 
 
 class MLP(nn.Module):
@@ -136,8 +157,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), positions, mask, past)
+    def forward(self, x: Tensor, at: Pass, past: list[tuple[Tensor, Tensor]], only: Tensor | None = None) -> Tensor:
+        """x ``[n, H]``; only: places of the outputs that are wanted, None for all."""
+        attended = self.self_attn(self.input_layernorm(x), at, past, only)
+        x = (x if only is None else x[only]) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -190,11 +213,15 @@ class SerialDrafter(nn.Module):
         """``o = fc(cat[E[x], h])``, embedding first.  ``[..., H]``, ``[..., H]`` -> ``[..., H]``."""
         return self.fc(torch.cat((embeds, features), dim=-1))
 
-    def serial(self, o: Tensor, positions: Tensor, mask: Tensor, past: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
-        """Run the decoder layers on fused inputs ``[R, T, H]``; ``past[layer]`` collects keys and values."""
-        x = o
-        for layer, layer_past in zip(self.layers, past, strict=True):
-            x = layer(x, positions, mask, layer_past)
+    def serial(self, o: Tensor, at: Pass, past: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
+        """Run the decoder layers on fused inputs ``[n, H]``; ``past[layer]`` collects keys and values.
+
+        Returns ``[A, H]``, of the anchors alone: other tokens of the first pass need no more of the last layer than
+        their keys and values.
+        """
+        x, last = o, len(self.layers) - 1
+        for i, (layer, layer_past) in enumerate(zip(self.layers, past, strict=True)):
+            x = layer(x, at, layer_past, at.sight.anchor_index if i == last and not at.later else None)
         return x
 
     def heads(self, m: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import json
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,16 @@ def answer_counter(paths: Iterable[Path]) -> Callable[[int], Tensor]:
 def _counts(sequences: Iterable[tuple[list[int], list[bool]]], vocab_size: int) -> Tensor:
     answers = [token for tokens, answered in sequences for token in compress(tokens, answered)]
     return torch.bincount(torch.tensor(answers, dtype=torch.long), minlength=vocab_size)
+
+
+def segment_spans(segments: Tensor) -> list[tuple[int, int, int]]:
+    """``(row, start, stop)`` of every sequence of rows ``[R, T]``, padding (0) left out, in the rows' order."""
+    numbers = segments.cpu().numpy()
+    found = []
+    for row, line in enumerate(numbers):
+        edges = np.flatnonzero(np.diff(line, prepend=0, append=0))
+        found += [(row, int(a), int(b)) for a, b in pairwise(edges) if line[a] > 0]
+    return found
 
 
 class PackedRows(Dataset):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from vllm_gumiho.drafters.trainable_layers import SerialDrafter
 from vllm_gumiho.training.unrolling import Form, draft, shift, valid_anchors
+
+# Rows of logits over all candidates that are in memory at once.
+_LOGIT_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +102,44 @@ class Candidates:
 
     def logits(self, features: Tensor, weight: Tensor) -> Tensor:
         logits = F.linear(features, weight).float()
-        return logits if self.log_weight is None else logits + self.log_weight
+        return logits if self.log_weight is None else logits.add_(self.log_weight)
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of logits ``x weight^T + log_weight`` against ``wanted[rows]``, and how likely the truth is.
+
+    x ``[N, H]``; weight ``[C, H]``, not trained; wanted ``[B, C]``; rows, truth ``[N]``.  Returns ``[N]`` twice, the
+    second without a gradient.  The gradient is made along with the value, of a few rows at a time: no ``[N, C]`` tensor
+    is kept.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, log_weight: Tensor | None, wanted: Tensor, rows: Tensor, truth: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        losses, likely, gradients = [], [], []
+        for x_, rows_, truth_ in zip(*(y.split(_LOGIT_ROWS) for y in (x.detach(), rows, truth)), strict=True):
+            logits = F.linear(x_, weight).float()
+            if log_weight is not None:
+                logits.add_(log_weight)
+            wants = wanted[rows_]
+            total = wants.sum(-1, dtype=torch.float32)
+            log_sum = logits.logsumexp(-1)
+            losses.append(log_sum * total - torch.linalg.vecdot(wants.float(), logits))
+            likely.append((logits.gather(1, truth_[:, None])[:, 0] - log_sum).exp())
+            if ctx.needs_input_grad[0]:
+                chances = logits.sub_(log_sum[:, None]).exp_().mul_(total[:, None]).sub_(wants)
+                gradients.append(chances.to(weight.dtype) @ weight)
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        agreed = torch.cat(likely)
+        ctx.mark_non_differentiable(agreed)
+        return torch.cat(losses), agreed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (per_row,) = ctx.saved_tensors
+        return (per_row * gradient[:, None].to(per_row.dtype)).to(per_row.dtype), None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -165,13 +206,15 @@ def losses(
         objective.heads_steer,
         objective.further_steps if objective.train_serial else 0,
     )
+    vectors = features.flatten(0, 1)
     with torch.no_grad():
         # The label distribution of sequence position j serves every draft position that predicts x[j+1].
-        wanted = shift(answer, 1)
-        target_log_probs = subset.logits(features[wanted], weight).log_softmax(-1)
-        target_probs = target_log_probs.exp().to(features.dtype)
-        row_of = torch.full_like(ids, -1)
-        row_of[wanted] = torch.arange(target_probs.shape[0], device=ids.device)
+        wanted = shift(answer, 1).flatten().nonzero()[:, 0]
+        target_probs = torch.cat(
+            [subset.logits(vectors[some], weight).softmax(-1).to(weight.dtype) for some in wanted.split(_LOGIT_ROWS)]
+        )
+        row_of = wanted.new_full((vectors.shape[0],), -1)
+        row_of[wanted] = torch.arange(wanted.shape[0], device=ids.device)
 
     def position(i: int, x: Tensor) -> Position:
         valid = valid_anchors(segments, answer, i)
@@ -179,12 +222,12 @@ def losses(
         x = x[kept]
         if x.shape[0] == 0:
             return Position(kept, x.sum(-1), 0.0 * x.sum(), torch.ones(kept.shape, device=ids.device))
-        log_probs = subset.logits(x, weight).log_softmax(-1)
-        ce = -(target_probs[shift(row_of, i)[valid]] * log_probs).sum(-1)
-        truth, known = subset.column(shift(ids, i + 1)[valid])
-        right = log_probs.detach().gather(1, truth[:, None])[:, 0].exp() * known
-        agreed = torch.ones(kept.shape, device=ids.device).masked_scatter(kept, right)
-        return Position(kept, ce, F.smooth_l1_loss(x.float(), shift(features, i)[valid].float()), agreed)
+        # Position t + i of the anchors t: where the target's feature and its distribution are.
+        at = valid.flatten().nonzero()[:, 0] + i
+        truth, known = subset.column(ids.flatten()[at + 1])
+        ce, likely = _SoftCrossEntropy.apply(x, weight, subset.log_weight, target_probs, row_of[at], truth)
+        agreed = torch.ones(kept.shape, device=ids.device).masked_scatter(kept, likely * known)
+        return Position(kept, ce, F.smooth_l1_loss(x.float(), vectors[at].float()), agreed)
 
     served = len(drafts.serial)
     serial = [position(i, x) for i, x in enumerate(drafts.serial, 1)]

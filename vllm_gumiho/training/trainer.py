@@ -24,12 +24,13 @@ from vllm_gumiho.errors import RecipeError
 from vllm_gumiho.files import write_json
 from vllm_gumiho.training.data import PackedRows, Sample, read_samples, split_held_out
 from vllm_gumiho.training.decontaminate import refuse_evaluation_prompts
-from vllm_gumiho.training.model import FrozenTarget, TrainingModel
+from vllm_gumiho.training.model import TrainingModel
 from vllm_gumiho.training.optimizer import MuonWithAdamW
 from vllm_gumiho.training.provenance import made_with, write_recipe
 from vllm_gumiho.training.recipe import Recipe
 from vllm_gumiho.training.recipes import kind_of, new_drafter, objective_of
 from vllm_gumiho.training.speed import SpeedMeter, training_flops
+from vllm_gumiho.training.target import FrozenTarget
 
 
 class DrafterTrainer(Trainer):

@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_gumiho.drafters.trainable_layers import SerialDrafter
+from vllm_gumiho.drafters.trainable_layers import Pass, SerialDrafter
+from vllm_gumiho.training.attention import Sight
+from vllm_gumiho.training.data import segment_spans
 
 
 class Form(Enum):
@@ -29,43 +31,6 @@ class Form(Enum):
     UNROLLED = "unrolled"
     TEACHER_FORCED = "teacher-forced"
     FIRST_PASS = "first pass"
-
-
-def serial_mask(segments: Tensor) -> Tensor:
-    """Attention mask of the first pass, bool ``[R, 1, T, T]``: causal inside a segment."""
-    index = torch.arange(segments.shape[1], device=segments.device)
-    causal = (segments[:, :, None] == segments[:, None, :]) & (index[:, None] >= index[None, :])
-    return causal[:, None]
-
-
-class AnchorRows:
-    """Anchors of packed rows, moved to the front of their rows: later serial steps run on nothing else.
-
-    anchors: bool ``[R, T]``, A of them.  W: the most anchors that a row has.
-    """
-
-    def __init__(self, anchors: Tensor, mask: Tensor, positions: Tensor):
-        """mask: the first pass's, ``[R, 1, T, T]``; positions ``[R, T]``."""
-        counts = anchors.sum(1)
-        width = max(1, int(counts.max()))
-        # Ascending inside a row, so a flat list of anchors is in the order of x[anchors].
-        columns = torch.argsort(~anchors, dim=1, stable=True)[:, :width]
-        self.present = torch.arange(width, device=anchors.device) < counts[:, None]
-        self.positions = positions.gather(1, columns)
-        self._first_pass = mask[:, 0].take_along_dim(columns[:, :, None], dim=1)
-        self._own = torch.eye(width, dtype=torch.bool, device=anchors.device).expand(anchors.shape[0], -1, -1)
-
-    def mask(self, step: int) -> Tensor:
-        """``[R, 1, W, T + step * W]``: first-pass keys up to the anchor, then each anchor's own draft positions."""
-        return torch.cat([self._first_pass] + [self._own] * step, dim=-1)[:, None]
-
-    def spread(self, x: Tensor) -> Tensor:
-        """``[A, H]`` -> ``[R, W, H]``, zeros where a row has fewer anchors."""
-        return x.new_zeros(*self.present.shape, x.shape[-1]).masked_scatter(self.present[..., None], x)
-
-    def gather(self, x: Tensor) -> Tensor:
-        """``[R, W, H]`` -> ``[A, H]``."""
-        return x[self.present]
 
 
 def shift(x: Tensor, by: int) -> Tensor:
@@ -108,33 +73,41 @@ def draft(
     """
     steps = drafter.config.num_serial_steps
     past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in drafter.layers]
-    mask = serial_mask(segments)
-    o = drafter.fuse(F.embedding(shift(ids, 1), embed), features)
-    hidden = drafter.serial(o, positions, mask, past)
-    serial, fused = [hidden[anchors]], []
+    # Flat from here on, without padding: sequences end to end.
+    real = (segments > 0).flatten().nonzero()[:, 0]
+
+    def flat(x: Tensor) -> Tensor:
+        return x.flatten(0, 1)[real]
+
+    sight = Sight([stop - start for _, start, stop in segment_spans(segments)], flat(anchors))
+    at = sight.anchor_index
+    o = drafter.fuse(F.embedding(flat(shift(ids, 1)), embed), flat(features))
+    serial, fused = [drafter.serial(o, Pass.at(flat(positions), drafter.config, sight), past)], []
     if form is Form.FIRST_PASS:
-        return Drafts(serial, hidden.new_empty(0))
+        return Drafts(serial, o.new_empty(0))
+
+    def ahead(x: Tensor, by: int) -> Tensor:
+        """``x[t + by]`` at the anchors t, x ``[N, H]``; anything where the sequence ends before."""
+        return x[(at + by).clamp_max(x.shape[0] - 1)]
 
     def next_input(step: int) -> Tensor:
         tokens = shift(ids, step + 1)[anchors]
         tokens = tokens if own_token is None else own_token(serial[-1], tokens)
         return drafter.fuse(F.embedding(tokens, embed), serial[-1])
 
-    last = steps + further
-    rows = AnchorRows(anchors, mask, positions) if form is Form.UNROLLED and last > 1 else None
-    for step in range(1, last):
-        if rows is None:
-            fused.append(shift(o, step)[anchors])
-            serial.append(shift(hidden, step)[anchors])
+    first = serial[0]
+    for step in range(1, steps + further):
+        if form is Form.TEACHER_FORCED:
+            fused.append(ahead(o, step))
+            serial.append(ahead(first.new_zeros(real.shape[0], first.shape[-1]).index_copy(0, at, first), step))
             continue
         fused.append(next_input(step))
-        out = drafter.serial(rows.spread(fused[-1]), rows.positions + step, rows.mask(step), past)
-        serial.append(rows.gather(out))
+        serial.append(drafter.serial(fused[-1], Pass.at(flat(positions)[at] + step, drafter.config, sight, True), past))
     served, beyond = serial[:steps], serial[steps:]
     if not with_heads or not drafter.config.num_heads:
-        return Drafts(served, hidden.new_empty(0), beyond)
+        return Drafts(served, o.new_empty(0), beyond)
     if not further:
-        fused.append(shift(o, steps)[anchors] if form is Form.TEACHER_FORCED else next_input(steps))
+        fused.append(ahead(o, steps) if form is Form.TEACHER_FORCED else next_input(steps))
     m = torch.cat(fused[:steps], dim=-1)
     return Drafts(served, drafter.heads(m if heads_steer else m.detach()), beyond)
 

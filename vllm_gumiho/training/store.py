@@ -1,0 +1,90 @@
+"""Target features on disk: one file that only grows, read through a memory map.
+
+Two files a target, named by its fingerprint: ``*.features`` holds bfloat16 vectors end to end, ``*.index`` a record a
+sequence of tokens: 16 bytes of its SHA-256, first vector, number of vectors.  Features depend on the tokens before
+alone, so a sequence's are the same in whatever row it is packed.  Several processes may read and append at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RECORD = struct.Struct("<16sQQ")
+
+
+def key_of(tokens: np.ndarray) -> bytes:
+    """16 bytes that name a sequence of token ids."""
+    return hashlib.sha256(np.ascontiguousarray(tokens, np.int64).tobytes()).digest()[:16]
+
+
+class FeatureStore:
+    """Features ``[tokens, width]`` of sequences, by `key_of` their tokens."""
+
+    def __init__(self, folder: Path, name: str, width: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.width = width
+        self._data, self._index = folder / f"{name}.features", folder / f"{name}.index"
+        for file in (self._data, self._index):
+            file.touch()
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self._read = 0
+        self._map = np.empty((0, width), np.uint16)
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether features of these tokens are there, from this process or another."""
+        if key not in self._places:
+            self._refresh()
+        return key in self._places and sum(self._places[key]) <= self._vectors()
+
+    def __len__(self) -> int:
+        self._refresh()
+        return len(self._places)
+
+    def read(self, key: bytes) -> Tensor:
+        """Features ``[tokens, width]``, bfloat16, in memory of the map.  Raises: KeyError where there are none."""
+        if key not in self:
+            raise KeyError(key.hex())
+        first, count = self._places[key]
+        if first + count > len(self._map):
+            # Private pages: torch wants memory that may be written, and the file is never written through the map.
+            self._map = np.memmap(self._data, np.uint16, "c", shape=(self._vectors(), self.width))
+        return torch.from_numpy(self._map[first : first + count]).view(torch.bfloat16)
+
+    def append(self, items: Iterable[tuple[bytes, Tensor]]) -> None:
+        """Add features ``[tokens, width]`` of sequences.  What a kill cuts off has no whole record and is not read."""
+        with self._data.open("ab") as data, self._index.open("ab") as index:
+            fcntl.flock(index, fcntl.LOCK_EX)
+            size = 2 * self.width
+            # A kill may have cut the file inside a vector or a record: what follows begins at a whole one again.
+            data.truncate(-(-data.seek(0, os.SEEK_END) // size) * size)
+            index.truncate(index.seek(0, os.SEEK_END) // RECORD.size * RECORD.size)
+            first, records = data.seek(0, os.SEEK_END) // size, []
+            for key, features in items:
+                values = features.detach().to("cpu", torch.bfloat16).contiguous()
+                data.write(values.view(torch.uint16).numpy().tobytes())
+                records.append(RECORD.pack(key, first, len(values)))
+                first += len(values)
+            data.flush()
+            os.fdatasync(data.fileno())
+            index.write(b"".join(records))
+
+    def _vectors(self) -> int:
+        return self._data.stat().st_size // (2 * self.width)
+
+    def _refresh(self) -> None:
+        with self._index.open("rb") as index:
+            index.seek(self._read)
+            new = index.read()
+        new = new[: len(new) // RECORD.size * RECORD.size]
+        self._read += len(new)
+        for key, first, count in RECORD.iter_unpack(new):
+            self._places[key] = (first, count)

@@ -1,0 +1,133 @@
+"""The frozen target: its embedding, its LM head and its features, kept in a store between epochs and runs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vllm_gumiho.training.data import segment_spans
+from vllm_gumiho.training.store import FeatureStore, key_of
+
+# Sequences of one pass are padded to the longest: the shortest has at least that share of its length.
+ALIKE = 0.7
+# Tokens of one pass when a store is filled.
+FILL_TOKENS = 4096
+
+
+class FrozenTarget:
+    """The target's embedding, LM head and features.
+
+    Features are the hidden states after the final norm (what a vLLM model's ``forward`` returns).  cache: a folder
+    in which the features of a sequence are kept as bfloat16 (`FeatureStore`), so that later epochs and other runs on
+    the same conversations need no target pass; None computes them anew each time.
+    """
+
+    def __init__(self, model: nn.Module, cache: str | Path | None = None):
+        self.model = model.eval().requires_grad_(False)
+        self._take_tensors()
+        self.store: FeatureStore | None = None
+        if cache:
+            self.store = FeatureStore(Path(cache), self._fingerprint(), self.embed.shape[1])
+
+    def to(self, device: torch.device) -> FrozenTarget:
+        """Move to the device that the batches are on; nothing is done when it is there."""
+        if self.embed.device != device:
+            self.model.to(device)
+            self._take_tensors()
+        return self
+
+    @torch.no_grad()
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
+        """``[R, T, H]`` for rows of ``input_ids`` and ``segments`` ``[R, T]``; zeros where there is padding.
+
+        bfloat16 from the store, else in the target's dtype.
+        """
+        if self.store is None:
+            return self.compute(batch)
+        spans, keys = self._keys(batch)
+        missing = {key: span for span, key in zip(spans, keys, strict=True) if key not in self.store}
+        if missing:
+            ids = batch["input_ids"]
+            found = self._run([ids[row, a:b] for row, a, b in missing.values()])
+            self.store.append(zip(missing, found, strict=True))
+        out = torch.zeros(*batch["input_ids"].shape, self.store.width, dtype=torch.bfloat16)
+        for (row, a, b), key in zip(spans, keys, strict=True):
+            out[row, a:b] = self.store.read(key)
+        return out.to(self.embed.device)
+
+    @torch.no_grad()
+    def compute(self, batch: dict[str, Tensor]) -> Tensor:
+        """`features` anew, whatever the store has; in the target's dtype."""
+        ids = batch["input_ids"]
+        spans = segment_spans(batch["segments"])
+        out = torch.zeros(*ids.shape, self.embed.shape[1], device=ids.device, dtype=self.embed.dtype)
+        for (row, a, b), found in zip(spans, self._run([ids[r, a:b] for r, a, b in spans]), strict=True):
+            out[row, a:b] = found
+        return out
+
+    def is_cached(self, batch: dict[str, Tensor]) -> bool:
+        """Whether the store has every sequence of the batch."""
+        return self.store is not None and all(key in self.store for key in self._keys(batch)[1])
+
+    @torch.no_grad()
+    def fill(self, sequences: Sequence[list[int]], advance: Callable[[int], None] = lambda tokens: None) -> int:
+        """Compute what the store lacks of these sequences; returns how many tokens that were.
+
+        advance: told the tokens of each pass.  Passes take sequences in the order given, sorted within a few passes.
+        """
+        assert self.store is not None
+        waiting, done = {}, 0
+        for number, tokens in enumerate(sequences, 1):
+            key = key_of(np.array(tokens))
+            if key not in self.store:
+                waiting[key] = torch.tensor(tokens, device=self.embed.device)
+            size = sum(map(len, waiting.values()))
+            if waiting and (size >= 4 * FILL_TOKENS or number == len(sequences)):
+                self.store.append(zip(waiting, self._run(list(waiting.values())), strict=True))
+                waiting, done = {}, done + size
+                advance(size)
+        return done
+
+    @torch.no_grad()
+    def probe_scale(self, batch: dict[str, Tensor]) -> Tensor:
+        """Root mean square of the features of one batch's tokens."""
+        return self.features(batch)[batch["segments"] > 0].float().square().mean().sqrt()
+
+    def _run(self, sequences: list[Tensor]) -> list[Tensor]:
+        """Features of sequences of token ids: those of like lengths in one causal pass, padded at their ends."""
+        found: list[Tensor] = [torch.empty(0)] * len(sequences)
+        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        while order:
+            longest = len(sequences[order[0]])
+            most = max(1, FILL_TOKENS // longest)
+            group = [i for i in order[:most] if len(sequences[i]) >= ALIKE * longest]
+            order = order[len(group) :]
+            # Under a causal mask nothing that follows a token reaches it, so no mask for the padding is needed.
+            ids = nn.utils.rnn.pad_sequence([sequences[i] for i in group], batch_first=True)
+            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            for i, features in zip(group, hidden, strict=True):
+                found[i] = features[: len(sequences[i])]
+        return found
+
+    def _take_tensors(self) -> None:
+        self.embed = self.model.get_input_embeddings().weight.detach()
+        lm_head = self.model.get_output_embeddings().weight.detach()
+        self.lm_head = self.embed if lm_head.data_ptr() == self.embed.data_ptr() else lm_head
+
+    def _fingerprint(self) -> str:
+        """Tells targets apart by their config and the bits of one weight matrix."""
+        last = [p for p in self.model.base_model.parameters() if p.ndim == 2][-1].detach()
+        digest = hashlib.sha256(repr(sorted(self.model.config.to_diff_dict().items())).encode())
+        digest.update(last.float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @staticmethod
+    def _keys(batch: dict[str, Tensor]) -> tuple[list[tuple[int, int, int]], list[bytes]]:
+        """Spans of the batch's sequences, and their keys."""
+        spans, ids = segment_spans(batch["segments"]), batch["input_ids"].cpu().numpy()
+        return spans, [key_of(ids[row, a:b]) for row, a, b in spans]
