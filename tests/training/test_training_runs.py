@@ -203,9 +203,10 @@ def test_operations_of_the_target_count_where_the_cache_has_no_features(tmp_path
 
     plain, cached = training_model(None), training_model(tmp_path / "features")
     target, own = training_flops(plain, batch)
-    # 64 tokens: at least each weight's product, and three times what the drafter's own pass over the row takes.
-    assert target >= 2 * 64 * sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
-    assert own >= 3 * 2 * 64 * sum(p.numel() for p in drafter.layers.parameters() if p.ndim == 2)
+    # At least each weight's product; of the drafter its first layer's, forward and backward, but for the inputs' part.
+    tokens = int((batch["segments"] > 0).sum())
+    assert target >= 2 * tokens * sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    assert own >= 2 * 2 * tokens * sum(p.numel() for p in drafter.layers[0].parameters() if p.ndim == 2)
     assert training_flops(cached, batch) == training_flops(cached, batch) == (target, own)
     assert [cached.target_is_cached(b) for b in (batch, other)] == [True, False]
     assert not plain.target_is_cached(batch)
@@ -214,7 +215,9 @@ def test_operations_of_the_target_count_where_the_cache_has_no_features(tmp_path
 def test_steps_on_cached_features_are_counted_without_the_target(monkeypatch, tmp_path, tiny_target, data):
     counted = []
     monkeypatch.setattr("vllm_gumiho.training.speed.SpeedMeter.add", lambda self, tokens, flops: counted.append(flops))
-    settings = recipe(tiny_target, data, tmp_path / "run", row_length=256, feature_cache=str(tmp_path / "features"))
+    # A linear start would have filled the store before the first step.
+    way = {"row_length": 256, "feature_cache": str(tmp_path / "features"), "init": "random"}
+    settings = recipe(tiny_target, data, tmp_path / "run", **way)
     epoch = math.ceil(len(_train_rows(settings)) / settings.rows)
     settings.steps = settings.save_every = 2 * epoch
     train(settings)
@@ -239,11 +242,17 @@ def test_features_from_the_cache_are_the_targets(tmp_path, tiny_target, data):
     plain = FrozenTarget(model).features(batch)
     cached = FrozenTarget(model, tmp_path / "features")
     first, second = cached.features(batch), cached.features(batch)
-    torch.testing.assert_close(first, plain, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(first.float(), plain, rtol=2**-8, atol=1e-6)
     assert torch.equal(first, second)
-    (file,) = (tmp_path / "features").glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:100])
-    assert torch.equal(cached.features(batch), first), "a file cut off is computed anew"
+    # Another process, after a kill in the midst of writing: what was cut off is computed anew, the rest read.
+    (file,), (index,) = ((tmp_path / "features").glob(f"*.{end}") for end in ("features", "index"))
+    with file.open("rb+") as written:
+        written.truncate(file.stat().st_size - 100)
+    index.write_bytes(index.read_bytes() + b"half a record")
+    again = FrozenTarget(model, tmp_path / "features")
+    assert not again.is_cached(batch)
+    assert torch.equal(again.features(batch), first)
+    assert FrozenTarget(model, tmp_path / "features").is_cached(batch)
 
 
 @pytest.mark.engine

@@ -28,10 +28,11 @@ OPEN_ROWS = 256
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation: (prompt, answer) token ids of each turn."""
+    """One conversation: (prompt, answer) token ids of each turn.  kind: the name of the file it was read from."""
 
     id: str
     turns: tuple[tuple[list[int], list[int]], ...]
+    kind: str = ""
 
     def __len__(self) -> int:
         return sum(len(prompt) + len(answer) for prompt, answer in self.turns)
@@ -44,6 +45,11 @@ class Sample:
             ids += prompt + answer
             answered += [False] * len(prompt) + [True] * len(answer)
         return ids, answered
+
+    @property
+    def answer_tokens(self) -> int:
+        """How many tokens the target wrote."""
+        return sum(len(answer) for _, answer in self.turns)
 
 
 def read_samples(paths: Iterable[Path], vocab_size: int) -> list[Sample]:
@@ -60,7 +66,7 @@ def read_samples(paths: Iterable[Path], vocab_size: int) -> list[Sample]:
             raise DataError(f"{file}: no such file of training samples; make one with 'vllm-gumiho generate'")
         for number, line in lines_of(file.read_text(encoding="utf-8")):
             try:
-                sample = _sample(json.loads(line))
+                sample = _sample(json.loads(line), file.stem)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(
                     f"{file}:{number}: not a training sample ({error!r}); make one with 'vllm-gumiho generate'"
@@ -78,17 +84,57 @@ def read_samples(paths: Iterable[Path], vocab_size: int) -> list[Sample]:
     return list(samples.values())
 
 
-def _sample(raw: Any) -> Sample:
+def _sample(raw: Any, kind: str) -> Sample:
     turns = raw.get("turns", [raw])
-    return Sample(str(raw["id"]), tuple((list(turn["prompt"]), list(turn["answer"])) for turn in turns))
+    return Sample(str(raw["id"]), tuple((list(turn["prompt"]), list(turn["answer"])) for turn in turns), kind)
 
 
 def split_held_out(samples: list[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Deterministic (train, held-out) split, by sample."""
-    order = sorted(samples, key=lambda s: s.id)
-    random.Random(seed).shuffle(order)
-    held_out = max(1, round(len(order) * fraction))
-    return order[held_out:], order[:held_out]
+    """(train, held-out) split of each kind, at least one held out of it.
+
+    A sample's place is decided by its id and the seed, so that data may be added later without one changing sides.
+    """
+
+    def place(sample: Sample) -> float:
+        return random.Random(f"{seed}:{sample.id}").random()
+
+    held_out = {min(of, key=place).id for of in by_kind(samples).values()}
+    held_out |= {sample.id for sample in samples if place(sample) < fraction}
+    order = sorted(samples, key=place)
+    return [s for s in order if s.id not in held_out], [s for s in order if s.id in held_out]
+
+
+def by_kind(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+    """Samples of each kind, kinds in alphabetical order."""
+    kinds: dict[str, list[Sample]] = {}
+    for sample in samples:
+        kinds.setdefault(sample.kind, []).append(sample)
+    return dict(sorted(kinds.items()))
+
+
+def mixed(samples: list[Sample], shares: dict[str, float], seed: int) -> list[Sample]:
+    """One epoch whose answer tokens are of kinds in proportion to ``shares``, about as many as the samples have.
+
+    A kind's samples are taken as often as that needs: all of them the whole times, some of them once more.  A kind
+    without a share is left out; no shares at all take every sample once.
+
+    Raises: DataError for a share of a kind that there is not.
+    """
+    if not shares:
+        return samples
+    kinds = by_kind(samples)
+    unknown = ", ".join(sorted(set(shares) - set(kinds)))
+    if unknown:
+        raise DataError(f"shares of {unknown}: no such kind of data; kinds are the files' names: {', '.join(kinds)}")
+    tokens = {kind: sum(sample.answer_tokens for sample in of) for kind, of in kinds.items()}
+    total = sum(tokens[kind] for kind in shares)
+    taken = []
+    for kind, share in shares.items():
+        times = share / sum(shares.values()) * total / tokens[kind]
+        draw = random.Random(f"{seed}:{kind}")
+        for sample in kinds[kind]:
+            taken += [sample] * (int(times) + (draw.random() < times % 1))
+    return taken
 
 
 def answer_counts(samples: Iterable[Sample], vocab_size: int) -> Tensor:
@@ -145,6 +191,16 @@ class PackedRows(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @staticmethod
+    def of_kinds(samples: list[Sample], row_length: int, most: int) -> tuple[PackedRows, list[str]]:
+        """Rows of one kind each, at most ``most`` of it, and the kind of every row."""
+        together, kinds = PackedRows([], row_length), []
+        for kind, of in by_kind(samples).items():
+            rows = PackedRows(of, row_length).rows[:most]
+            together.rows += rows
+            kinds += [kind] * len(rows)
+        return together, kinds
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         ids, positions, segments, answer = (np.zeros(self.row_length, np.int64) for _ in range(4))

@@ -48,7 +48,8 @@ class TrainingModel(nn.Module):
         vocabulary = self.objective.vocabulary
         if vocabulary is not None:
             vocabulary = vocabulary.to(features.device)
-        counts = torch.stack(hits(self.drafter, embed, lm_head, batch, features, vocabulary))
+        heads = self.objective.train_heads
+        counts = torch.stack(hits(self.drafter, embed, lm_head, batch, features, vocabulary, heads))
         return {"loss": torch.zeros((), device=features.device), "logits": counts[None].to(features.device)}
 
     def target_features(self, batch: dict[str, Tensor], cached: bool = True) -> Tensor:

@@ -114,7 +114,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, log_weight: Tensor | None, wanted: Tensor, rows: Tensor, truth: Tensor
     ) -> tuple[Tensor, Tensor]:
         losses, likely, gradients = [], [], []
@@ -137,7 +137,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         return torch.cat(losses), agreed
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (per_row,) = ctx.saved_tensors
         return (per_row * gradient[:, None].to(per_row.dtype)).to(per_row.dtype), None, None, None, None, None
 
@@ -258,15 +258,17 @@ def hits(
     batch: dict[str, Tensor],
     features: Tensor,
     vocabulary: Tensor | None = None,
+    with_heads: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Greedy agreement with the data, per draft position, in the unrolled form whatever the recipe.
 
+    with_heads: measure the heads' positions too, else the serial ones alone.
     Returns int64 ``[K]`` each: anchors seen, tokens right, and right along with all positions before (accepted).
     """
     ids, segments, answer = batch["input_ids"], batch["segments"], batch["answer"]
     first = valid_anchors(segments, answer, 1)
-    drafts = draft(drafter, embed, ids, features, batch["positions"], segments, first)
-    count = drafter.config.max_draft_tokens
+    drafts = draft(drafter, embed, ids, features, batch["positions"], segments, first, with_heads=with_heads)
+    count = drafter.config.max_draft_tokens if with_heads else drafter.config.num_serial_steps
     seen, right, accepted = (torch.zeros(count, dtype=torch.int64) for _ in range(3))
     subset = Candidates(vocabulary, None)
     weight = subset.weight(lm_head)

@@ -11,8 +11,12 @@ from vllm_gumiho.options import TARGET, option
 CHOICES = {
     "phase": ("all", "serial", "heads"),
     "optimizer": ("adamw", "muon", "muon-serial"),
-    "init": ("random", "target"),
+    "init": ("linear", "random", "target"),
+    "schedule": ("cosine", "stable"),
 }
+
+# Of the learning rate, for an fc that was fitted.
+FITTED_RATE = 0.1
 
 
 @dataclass
@@ -24,8 +28,14 @@ class Recipe:
     step; ``heads`` the heads on a frozen Transformer.
     optimizer: ``adamw``, the paper's; ``muon``, for matrices; ``muon-serial``, for the Transformer's alone: Muon's
     own products cost the same at any batch, most of them for the heads, and on small batches they weigh.
-    init: ``random`` small layers that pass the feature through, or ``target``, its own last layers.  init_from: a
-    checkpoint to start from.
+    init: ``linear``, a linear fit in closed form (`vllm_gumiho.training.start`); ``random`` small layers that pass the
+    feature through; or ``target``, its own last layers.  init_from: a checkpoint to start from.
+    fc_rate: of the learning rate, for ``fc``; None is `FITTED_RATE` for a linear start, else 1: at the full rate the
+    fit is lost within 50,000 tokens.
+    schedule: after the warm-up ``cosine`` decay over the whole run, or a ``stable`` rate, that decays in the last
+    ``decay_steps`` steps.  branch_from: a checkpoint of another run that this one goes on from, so that a stable run
+    can be decayed from any of its checkpoints while it goes on itself.
+    shares: ``KIND=SHARE`` of the answer tokens, a kind being a data file's name; none takes all data as it is.
     early_weighting: weight positions by how much they matter to the accepted length (unrolled only).
     heads_steer: let the heads' losses train the Transformer too (unrolled only; `paper` always does).
     further_steps: serial steps trained beyond the ``num_serial_steps`` that are served (unrolled only).
@@ -47,11 +57,16 @@ class Recipe:
     rows: int = option(2, "Packed rows a step and device.")
     row_length: int = option(1024, "Tokens a packed row.")
     optimizer: str = option("adamw", "'adamw' (the paper's), 'muon', or 'muon-serial' (AdamW for the heads).")
-    learning_rate: float = option(5e-4, "At its highest; cosine decay.")
+    learning_rate: float = option(5e-4, "At its highest.")
+    fc_rate: float | None = option(None, "Of it, for fc; 0.1 for a linear start, else 1.")
     warmup_ratio: float = option(0.03, "Share of the steps in which it rises.")
+    schedule: str = option("cosine", "'cosine' decay over the run, or 'stable' until the last --decay-steps.")
+    decay_steps: int = option(0, "Steps at the end in which a stable rate falls to 0.")
     held_out: float = option(0.02, "Share of the conversations that is measured on and not trained on.")
-    eval_rows: int = option(16, "Packed rows of them, at the most.")
+    eval_rows: int = option(16, "Packed rows of each kind of them, at the most.")
+    shares: list[str] = option([], "KIND=SHARE of the answer tokens, a kind being a data file's name; repeat.")
     save_every: int = option(200, "Steps between checkpoints and held-out measurements.")
+    save_minutes: float = option(0.0, "Minutes between further checkpoints; 0 makes none.")
     candidates: int = option(4096, "Tokens drawn for the cross-entropy; 0 takes all.")
     frequent: int = option(2048, "Frequent tokens always in the cross-entropy.")
     feature_weight: float | None = option(None, "Weight of the feature loss; the recipe's own.")
@@ -61,8 +76,10 @@ class Recipe:
     own_tokens: float = option(0.0, "Share of anchors that draft on from the drafter's own token when training ends.")
     draft_vocab: int = option(0, "Draft only the N most frequent answer tokens; 0 is all.")
     phase: str = option("all", "'all', 'serial' (Transformer alone) or 'heads' (on a frozen one).")
-    init: str = option("random", "'random' or 'target' (the target's own last layers).")
+    init: str = option("linear", "'linear' (fit in closed form), 'random' or 'target' (the target's last layers).")
+    fit_tokens: int = option(1_000_000, "Answer tokens that a linear start is fitted on, at the most.")
     init_from: str | None = option(None, "Checkpoint to start from.")
+    branch_from: str | None = option(None, "Folder checkpoint-N of another run to go on from, optimizer and all.")
     feature_cache: str | None = option(None, "Folder that keeps target features (bfloat16).")
     evaluation_prompts: list[str] = option(
         [], "Prompts that must not be in the data: file or folder; repeat.  Found ones are named."
@@ -77,12 +94,47 @@ class Recipe:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise RecipeError(f"{name} {getattr(self, name)!r} is not known; choose one of {', '.join(known)}")
-        for name in ("steps", "rows", "row_length", "num_layers", "num_serial_steps", "save_every", "learning_rate"):
+        for name in (
+            "steps",
+            "rows",
+            "row_length",
+            "num_layers",
+            "num_serial_steps",
+            "save_every",
+            "learning_rate",
+            "fit_tokens",
+        ):
             if getattr(self, name) <= 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("num_heads", "further_steps", "draft_vocab", "patience", "candidates", "frequent"):
+        for name in (
+            "num_heads", "further_steps", "draft_vocab", "patience", "candidates", "frequent", "decay_steps",
+            "save_minutes",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must not be below 0")
         for name in ("own_tokens", "held_out", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if self.fc_rate is not None and self.fc_rate < 0:
+            raise RecipeError(f"fc_rate is {self.fc_rate}; it must not be below 0")
+        self.share_of_kind()
+
+    def share_of_kind(self) -> dict[str, float]:
+        """``shares`` as numbers.  Raises: RecipeError for one of another form."""
+        found = {}
+        for text in self.shares:
+            kind, _, share = text.rpartition("=")
+            try:
+                found[kind] = float(share)
+            except ValueError:
+                found[kind] = -1.0
+            if not kind or found[kind] <= 0:
+                raise RecipeError(f"shares {text!r} is not KIND=SHARE with a share above 0, as in mix=0.5")
+        return found
+
+    @property
+    def rate_of_fc(self) -> float:
+        """``fc``'s learning rate, of the others'."""
+        if self.fc_rate is not None:
+            return self.fc_rate
+        return FITTED_RATE if self.init == "linear" and self.init_from is None else 1.0

@@ -12,7 +12,6 @@ from vllm_gumiho.training.model import TrainingModel
 
 PROBE_SIZE = 2048
 PROBE_REPEATS = 5
-BACKWARD = 3
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -59,20 +58,25 @@ class SpeedMeter:
         self.tokens, self.flops, self.since = 0, 0, time.perf_counter()
 
 
-@torch.no_grad()
 def training_flops(model: TrainingModel, batch: dict[str, Tensor]) -> tuple[int, int]:
-    """Operations of one training step on this batch: the target's pass, and three times the drafter's.
+    """Operations of one training step on this batch: the target's pass, and the drafter's forward and backward pass.
 
-    The target's is what its features cost when no cache has them.  Counted on a pass of its own, since the counter
-    takes composite operations apart and so changes the last bits of what it watches; the random generator is put back.
+    The target's is what its features cost when no store has them; an optimiser's own products are left out.  Counted
+    on passes of their own, since the counter takes composite operations apart and so changes the last bits of what it
+    watches; the random generator is put back.
     """
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), FlopCounterMode(display=False) as counter:
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.autocast(device.type, torch.bfloat16, enabled=model.bf16),
+        FlopCounterMode(display=False) as counter,
+    ):
         features = model.target_features(batch)
-        if not counter.get_total_flops():  # all from the cache
+        if not counter.get_total_flops():  # all from the store
             model.target_features(batch, cached=False)
         target = counter.get_total_flops()
-        model.training_losses(batch, features)
-    return target, BACKWARD * (counter.get_total_flops() - target)
+        model.training_losses(batch, features)[0].backward()
+    model.zero_grad()
+    return target, counter.get_total_flops() - target

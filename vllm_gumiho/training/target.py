@@ -93,11 +93,6 @@ class FrozenTarget:
                 advance(size)
         return done
 
-    @torch.no_grad()
-    def probe_scale(self, batch: dict[str, Tensor]) -> Tensor:
-        """Root mean square of the features of one batch's tokens."""
-        return self.features(batch)[batch["segments"] > 0].float().square().mean().sqrt()
-
     def _run(self, sequences: list[Tensor]) -> list[Tensor]:
         """Features of sequences of token ids: those of like lengths in one causal pass, padded at their ends."""
         found: list[Tensor] = [torch.empty(0)] * len(sequences)

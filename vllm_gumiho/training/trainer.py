@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +19,26 @@ from transformers import (
     set_seed,
 )
 
-from vllm_gumiho.checkpoint.tensors import D2T
-from vllm_gumiho.drafters.checkpoints import open_checkpoint
-from vllm_gumiho.drafters.trainable_layers import SerialDrafter
 from vllm_gumiho.errors import RecipeError
 from vllm_gumiho.files import write_json
-from vllm_gumiho.training.data import PackedRows, Sample, read_samples, split_held_out
+from vllm_gumiho.training.data import PackedRows, Sample, mixed, read_samples, split_held_out
 from vllm_gumiho.training.decontaminate import refuse_evaluation_prompts
+from vllm_gumiho.training.metrics import acceptance_metrics
 from vllm_gumiho.training.model import TrainingModel
-from vllm_gumiho.training.optimizer import MuonWithAdamW
+from vllm_gumiho.training.optimizer import MuonWithAdamW, apart
 from vllm_gumiho.training.provenance import made_with, write_recipe
 from vllm_gumiho.training.recipe import Recipe
 from vllm_gumiho.training.recipes import kind_of, new_drafter, objective_of
 from vllm_gumiho.training.speed import SpeedMeter, training_flops
+from vllm_gumiho.training.start import start
 from vllm_gumiho.training.target import FrozenTarget
 
 
 class DrafterTrainer(Trainer):
     """Trainer that also logs the parts of the loss and the speed of training."""
 
-    def __init__(self, *args: Any, muon: str | None = None, **kwargs: Any):
-        """muon: ``muon`` or ``muon-serial`` of `Recipe`; None leaves the optimizer to Trainer."""
-        self._muon = muon
+    def __init__(self, *args: Any, recipe: Recipe, **kwargs: Any):
+        self._recipe = recipe
         super().__init__(*args, **kwargs)
         self._parts: dict[str, list[Tensor]] = {}
         self._meter: SpeedMeter | None = None
@@ -50,11 +50,19 @@ class DrafterTrainer(Trainer):
         self.flops = training_flops(self.model, self.data_collator(rows))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        if self._muon and getattr(self, "optimizer", None) is None:
-            heads = self.model.drafter.head_parameters() if self._muon == "muon-serial" else ()
-            self.optimizer = MuonWithAdamW(self.model.parameters(), self.args.learning_rate, heads)
+        made: torch.optim.Optimizer | None = getattr(self, "optimizer", None)
+        if made is not None:
+            return made
+        drafter, name, rate = self.model.drafter, self._recipe.optimizer, self._recipe.rate_of_fc
+        fc = list(drafter.fc.parameters())
+        if name.startswith("muon"):
+            heads = drafter.head_parameters() if name == "muon-serial" else ()
+            self.optimizer = MuonWithAdamW(self.model.parameters(), self.args.learning_rate, heads, fc, rate)
             return self.optimizer
-        return super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if rate != 1.0:
+            apart(optimizer, fc, rate * self.args.learning_rate)
+        return optimizer
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         if self._meter is None:
@@ -82,14 +90,18 @@ class DrafterTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def acceptance_metrics(prediction: Any) -> dict[str, float]:
-    """Held-out accuracy and acceptance per draft position, and the acceptance length of the whole chain (T = 0)."""
-    seen, right, accepted = prediction.predictions.sum(0)
-    metrics = {"acceptance_length": 1.0 + float(accepted.sum()) / max(1, int(seen[0]))}
-    for i in range(len(seen)):
-        metrics[f"accuracy_{i + 1}"] = float(right[i]) / max(1, int(seen[i]))
-        metrics[f"accepted_{i + 1}"] = float(accepted[i]) / max(1, int(seen[0]))
-    return metrics
+class TimedCheckpoints(TrainerCallback):
+    """Makes a checkpoint when the last one is some minutes old: steps take longer on a machine that others use."""
+
+    def __init__(self, minutes: float):
+        self.seconds, self.last = 60 * minutes, time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self.last > self.seconds:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = time.monotonic()
 
 
 class ExportCallback(TrainerCallback):
@@ -137,16 +149,16 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     """
     kind_of(recipe)
     set_seed(recipe.seed)
-    last = last_checkpoint(Path(recipe.output)) if resume else None
+    last = last_checkpoint(Path(recipe.output)) if resume else recipe.branch_from
     model = AutoModelForCausalLM.from_pretrained(recipe.target, dtype=torch.float32, attn_implementation="sdpa")
     text_config = model.config.get_text_config()
     samples = read_samples(map(Path, recipe.data), text_config.vocab_size)
     if recipe.evaluation_prompts:
         refuse_evaluation_prompts(samples, recipe.target, recipe.evaluation_prompts)
     training, held_out = split_held_out(samples, recipe.held_out, recipe.seed)
+    training = mixed(training, recipe.share_of_kind(), recipe.seed)
     train_rows = PackedRows(_shuffled(training, recipe.seed), recipe.row_length)
-    eval_rows = PackedRows(held_out, recipe.row_length)
-    eval_rows.rows = eval_rows.rows[: recipe.eval_rows]
+    eval_rows, kinds = PackedRows.of_kinds(held_out, recipe.row_length, recipe.eval_rows)
 
     target = FrozenTarget(model, recipe.feature_cache)
     counts = train_rows.token_counts(text_config.vocab_size)
@@ -156,7 +168,11 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     frequent = frequent[counts[frequent] > 0]
     if vocabulary is not None:
         frequent = frequent[torch.isin(frequent, vocabulary)]
-    drafter = _started(recipe, target, train_rows)
+    drafter = new_drafter(recipe, text_config)
+    # Weights of a checkpoint take the place of any start.
+    start(drafter, replace(recipe, init="random", init_from=None) if last else recipe, target, train_rows)
+    if recipe.rate_of_fc == 0:
+        drafter.fc.requires_grad_(False)
     frozen = {"heads": drafter.serial_parameters, "serial": drafter.head_parameters}
     if recipe.phase in frozen:
         for parameter in frozen[recipe.phase]():
@@ -168,15 +184,17 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     # Now, of the files that were read: more answers may be appended to them while the run lasts.
     made = made_with(recipe, arguments.world_size)
     callbacks: list[TrainerCallback] = [ExportCallback(recipe, training_model, made)]
+    if recipe.save_minutes:
+        callbacks.append(TimedCheckpoints(recipe.save_minutes))
     if recipe.patience:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.patience))
     trainer = DrafterTrainer(
-        muon=recipe.optimizer if recipe.optimizer.startswith("muon") else None,
+        recipe=recipe,
         model=training_model,
         args=arguments,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        compute_metrics=acceptance_metrics,
+        compute_metrics=acceptance_metrics(kinds),
         callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=last)
@@ -201,25 +219,6 @@ def last_checkpoint(output: Path) -> str:
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
-def _started(recipe: Recipe, target: FrozenTarget, rows: PackedRows) -> SerialDrafter:
-    """The run's drafter with the weights it starts from."""
-    drafter = new_drafter(recipe, target.model.config.get_text_config())
-    probe = {name: value[None] for name, value in rows[0].items()}
-    drafter.init_weights(float(target.probe_scale(probe)), float(target.embed.float().square().mean().sqrt()))
-    if recipe.init == "target":
-        drafter.init_from_target(target.model.base_model.layers)
-    if recipe.init_from:
-        tensors = dict(open_checkpoint(recipe.init_from).tensors())
-        tensors.pop(D2T, None)
-        try:
-            drafter.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise RecipeError(
-                f"init_from {recipe.init_from}: another shape than this run's drafter: {error}"
-            ) from error
-    return drafter
-
-
 def _arguments(recipe: Recipe) -> TrainingArguments:
     settings: dict[str, Any] = {
         "output_dir": recipe.output, "max_steps": recipe.steps, "per_device_train_batch_size": recipe.rows,
@@ -231,6 +230,11 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
         "label_names": ["index"], "seed": recipe.seed, "report_to": ["tensorboard"], "dataloader_num_workers": 0,
         "ddp_find_unused_parameters": False,
     }  # fmt: skip
+    if recipe.schedule == "stable":
+        settings["lr_scheduler_type"] = "constant_with_warmup"
+        if recipe.decay_steps:
+            settings["lr_scheduler_type"] = "warmup_stable_decay"
+            settings["lr_scheduler_kwargs"] = {"num_decay_steps": recipe.decay_steps, "decay_type": "linear"}
     if recipe.patience:
         settings |= {
             "load_best_model_at_end": True,

@@ -1,0 +1,131 @@
+"""What a drafter starts from: random layers, the target's own, a checkpoint, or a linear fit in closed form.
+
+The linear start: ``fc`` is the ridge regression of ``h[t+1]`` on ``(E[x[t+1]], h[t], 1)`` over the training answers,
+and the layers' output projections are near zero, so that the untrained drafter is the best linear one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vllm_gumiho.checkpoint.tensors import D2T
+from vllm_gumiho.drafters.checkpoints import open_checkpoint
+from vllm_gumiho.drafters.trainable_layers import SerialDrafter
+from vllm_gumiho.errors import RecipeError
+from vllm_gumiho.training.recipe import Recipe
+from vllm_gumiho.training.target import FrozenTarget
+from vllm_gumiho.training.unrolling import shift, valid_anchors
+
+# Of each input's own sum of squares: an input's scale makes no difference.
+RIDGE = 1e-3
+# Of the layers' output projections under a linear start; `init_weights` gives them ten times that.
+OUTPUT_STD = 0.002
+
+
+class RidgeRegression:
+    """Multi-output ridge regression whose normal equations are summed as data streams by.
+
+    Products in float32 of what one `add` is given, sums in float64: ``X^T X`` ``[I, I]``, ``X^T Y`` ``[I, O]``.
+    """
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device):
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+        self.rows = 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """x ``[n, I]``, y ``[n, O]``."""
+        x, y = x.float(), y.float()
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.rows += x.shape[0]
+
+    def solve(self, ridge: float = RIDGE) -> Tensor:
+        """``[I, O]``, float64: the least ``|Y - X W|^2 + ridge * sum_i xx[i, i] |W[i]|^2``."""
+        diagonal = self.xx.diagonal()
+        # An input that is always zero has a coefficient of zero.
+        scale = diagonal.sqrt().where(diagonal > 0, 1.0)
+        scaled = self.xx / scale[:, None] / scale
+        scaled.diagonal().add_(ridge)
+        return torch.linalg.solve(scaled, self.xy / scale[:, None]) / scale[:, None]
+
+
+@torch.no_grad()
+def linear_fit(
+    rows: Dataset, embed: Tensor, features_of: Callable[[dict[str, Tensor]], Tensor], most: int, bias: bool
+) -> tuple[Tensor, Tensor | None, int]:
+    """``fc``'s weight ``[H, 2H]``, its bias ``[H]`` (None without one), and how many answer positions were used.
+
+    features_of: the target's features of a batch of one row.  most: positions, at the most.
+    """
+    width = embed.shape[1]
+    fit = RidgeRegression(2 * width + int(bias), width, embed.device)
+    for row in rows:
+        batch = {name: value[None].to(embed.device) for name, value in row.items()}
+        at = valid_anchors(batch["segments"], batch["answer"], 1).flatten().nonzero()[:, 0]
+        h = features_of(batch).flatten(0, 1)
+        x = [F.embedding(shift(batch["input_ids"], 1).flatten()[at], embed).float(), h[at].float()]
+        if bias:
+            x.append(torch.ones(len(at), 1, device=embed.device))
+        with torch.autocast(embed.device.type, enabled=False):
+            fit.add(torch.cat(x, dim=1), h[at + 1])
+        if fit.rows >= most:
+            break
+    solution = fit.solve().float()
+    return solution[: 2 * width].T.contiguous(), solution[-1] if bias else None, fit.rows
+
+
+@torch.no_grad()
+def start_linear(
+    drafter: SerialDrafter,
+    rows: Dataset,
+    embed: Tensor,
+    features_of: Callable[[dict[str, Tensor]], Tensor],
+    most: int,
+) -> int:
+    """Give an initialised drafter the linear start; returns how many answer positions the fit has seen."""
+    weight, bias, seen = linear_fit(rows, embed, features_of, most, drafter.config.fc_bias)
+    drafter.fc.weight.copy_(weight)
+    if bias is not None:
+        drafter.fc.bias.copy_(bias)
+    for layer in drafter.layers:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            torch.nn.init.normal_(projection.weight, std=OUTPUT_STD)
+    return seen
+
+
+def start(drafter: SerialDrafter, recipe: Recipe, target: FrozenTarget, rows: Dataset) -> int:
+    """Give a new drafter the weights that the run starts from; returns the answer positions of a fit, 0 without one.
+
+    rows: the training rows.  Raises: RecipeError for a checkpoint of another shape.
+    """
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    target.to(device)
+
+    def features_of(batch: dict[str, Tensor]) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
+            return target.features(batch)
+
+    probe = features_of({name: value[None].to(device) for name, value in rows[0].items()})
+    scale = probe[(rows[0]["segments"] > 0)[None].to(device)].float().square().mean().sqrt()
+    drafter.init_weights(float(scale), float(target.embed.float().square().mean().sqrt()))
+    if recipe.init == "target":
+        drafter.init_from_target(target.model.base_model.layers)
+    if recipe.init_from:
+        tensors = dict(open_checkpoint(recipe.init_from).tensors())
+        tensors.pop(D2T, None)
+        try:
+            drafter.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise RecipeError(
+                f"init_from {recipe.init_from}: another shape than this run's drafter: {error}"
+            ) from error
+        return 0
+    if recipe.init == "linear":
+        return start_linear(drafter, rows, target.embed, features_of, recipe.fit_tokens)
+    return 0
