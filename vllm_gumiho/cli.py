@@ -17,7 +17,7 @@ from vllm_gumiho.errors import GumihoError
 from vllm_gumiho.evaluation.command import evaluate, plot_acceptance
 from vllm_gumiho.gpu_check.command import gpu_check
 from vllm_gumiho.options import STORED, TARGET, JsonFlag, renamed
-from vllm_gumiho.training.command import generate, plot_training, train
+from vllm_gumiho.training.command import features, generate, plot_training, train
 from vllm_gumiho.tuning.command import plan, tune
 
 app = typer.Typer(
@@ -121,6 +121,7 @@ def convert(
 
 app.command(rich_help_panel=SERVE)(demo)
 app.command(rich_help_panel=TRAIN)(generate)
+app.command(rich_help_panel=TRAIN)(features)
 app.command(rich_help_panel=TRAIN, cls=renamed(float32="no-bf16"))(train)
 app.command("plot-training", rich_help_panel=TRAIN)(plot_training)
 app.command(

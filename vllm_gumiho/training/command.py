@@ -50,6 +50,29 @@ def generate(
     typer.echo(f"{output}: " + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()))
 
 
+def features(
+    target: TargetOption,
+    data: Annotated[list[Path], typer.Option(help="Files or folders written by 'vllm-gumiho generate'; repeat.")],
+    feature_cache: Annotated[Path, typer.Option(help="Folder that keeps target features (bfloat16).")],
+    row_length: Annotated[int, typer.Option(help="Tokens of a conversation that are kept: those of a row.")] = 1024,
+    bf16: Annotated[bool, typer.Option(help="bfloat16 autocast.")] = True,
+) -> None:
+    """Fill a store of target features ahead of training; what it has is left, and a stopped run goes on."""
+    from rich.progress import Progress
+
+    from vllm_gumiho.engines.target import find_target
+    from vllm_gumiho.training.data import read_samples
+    from vllm_gumiho.training.target import open_target
+
+    opened = open_target(find_target(target), feature_cache)
+    samples = read_samples(data, opened.embed.shape[0])
+    sequences = [sample.tokens()[0][:row_length] for sample in samples]
+    with Progress() as progress:
+        task = progress.add_task("tokens", total=sum(map(len, sequences)))
+        computed = opened.fill(sequences, bf16, lambda tokens: progress.advance(task, tokens))
+    typer.echo(f"{feature_cache}: {computed:,} tokens computed, {len(sequences):,} conversations there")
+
+
 @takes(Recipe)
 def train(
     recipe: Recipe,

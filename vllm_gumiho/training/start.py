@@ -104,8 +104,7 @@ def start(drafter: SerialDrafter, recipe: Recipe, target: FrozenTarget, rows: Da
 
     rows: the training rows.  Raises: RecipeError for a checkpoint of another shape.
     """
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    target.to(device)
+    device = target.embed.device
 
     def features_of(batch: dict[str, Tensor]) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):

@@ -9,14 +9,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from vllm_gumiho.training.data import segment_spans
 from vllm_gumiho.training.store import FeatureStore, key_of
 
 # Sequences of one pass are padded to the longest: the shortest has at least that share of its length.
 ALIKE = 0.7
-# Tokens of one pass when a store is filled.
-FILL_TOKENS = 4096
+# Tokens of one pass, padding included, and of what is computed before it is stored.
+PASS_TOKENS, FILL_TOKENS = 4096, 8192
+
+
+def open_target(folder: str, cache: str | Path | None = None) -> FrozenTarget:
+    """The frozen target of a folder, on the device that training uses."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    return FrozenTarget(model, cache).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 class FrozenTarget:
@@ -75,23 +82,32 @@ class FrozenTarget:
         return self.store is not None and all(key in self.store for key in self._keys(batch)[1])
 
     @torch.no_grad()
-    def fill(self, sequences: Sequence[list[int]], advance: Callable[[int], None] = lambda tokens: None) -> int:
-        """Compute what the store lacks of these sequences; returns how many tokens that were.
+    def fill(self, sequences: Sequence[list[int]], bf16: bool, advance: Callable[[int], None] = lambda _: None) -> int:
+        """Compute what the store lacks of these sequences, in their order; returns how many tokens that were.
 
-        advance: told the tokens of each pass.  Passes take sequences in the order given, sorted within a few passes.
+        bf16: bfloat16 autocast.  advance: told the tokens of sequences that are there, as they come.
         """
-        assert self.store is not None
-        waiting, done = {}, 0
-        for number, tokens in enumerate(sequences, 1):
-            key = key_of(np.array(tokens))
-            if key not in self.store:
-                waiting[key] = torch.tensor(tokens, device=self.embed.device)
+        store, device, done = self.store, self.embed.device, 0
+        assert store is not None
+        waiting: dict[bytes, Tensor] = {}
+
+        def run() -> int:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                store.append(zip(waiting, self._run(list(waiting.values())), strict=True))
             size = sum(map(len, waiting.values()))
-            if waiting and (size >= 4 * FILL_TOKENS or number == len(sequences)):
-                self.store.append(zip(waiting, self._run(list(waiting.values())), strict=True))
-                waiting, done = {}, done + size
-                advance(size)
-        return done
+            advance(size)
+            waiting.clear()
+            return size
+
+        for tokens in sequences:
+            key = key_of(np.array(tokens))
+            if key in store or key in waiting:
+                advance(len(tokens))
+                continue
+            waiting[key] = torch.tensor(tokens, device=device)
+            if sum(map(len, waiting.values())) >= FILL_TOKENS:
+                done += run()
+        return done + (run() if waiting else 0)
 
     def _run(self, sequences: list[Tensor]) -> list[Tensor]:
         """Features of sequences of token ids: those of like lengths in one causal pass, padded at their ends."""
@@ -99,7 +115,7 @@ class FrozenTarget:
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         while order:
             longest = len(sequences[order[0]])
-            most = max(1, FILL_TOKENS // longest)
+            most = max(1, PASS_TOKENS // longest)
             group = [i for i in order[:most] if len(sequences[i]) >= ALIKE * longest]
             order = order[len(group) :]
             # Under a causal mask nothing that follows a token reaches it, so no mask for the padding is needed.

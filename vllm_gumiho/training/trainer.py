@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import (
-    AutoModelForCausalLM,
     EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
@@ -31,7 +30,7 @@ from vllm_gumiho.training.recipe import Recipe
 from vllm_gumiho.training.recipes import kind_of, new_drafter, objective_of
 from vllm_gumiho.training.speed import SpeedMeter, training_flops
 from vllm_gumiho.training.start import start
-from vllm_gumiho.training.target import FrozenTarget
+from vllm_gumiho.training.target import open_target
 
 
 class DrafterTrainer(Trainer):
@@ -150,8 +149,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     kind_of(recipe)
     set_seed(recipe.seed)
     last = last_checkpoint(Path(recipe.output)) if resume else recipe.branch_from
-    model = AutoModelForCausalLM.from_pretrained(recipe.target, dtype=torch.float32, attn_implementation="sdpa")
-    text_config = model.config.get_text_config()
+    target = open_target(recipe.target, recipe.feature_cache)
+    text_config = target.model.config.get_text_config()
     samples = read_samples(map(Path, recipe.data), text_config.vocab_size)
     if recipe.evaluation_prompts:
         refuse_evaluation_prompts(samples, recipe.target, recipe.evaluation_prompts)
@@ -160,7 +159,6 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     train_rows = PackedRows(_shuffled(training, recipe.seed), recipe.row_length)
     eval_rows, kinds = PackedRows.of_kinds(held_out, recipe.row_length, recipe.eval_rows)
 
-    target = FrozenTarget(model, recipe.feature_cache)
     counts = train_rows.token_counts(text_config.vocab_size)
     by_count = counts.argsort(descending=True, stable=True)
     vocabulary = by_count[: recipe.draft_vocab].sort().values if recipe.draft_vocab else None
