@@ -37,11 +37,11 @@ class Sight:
     anchors: which of the N tokens are anchors, bool ``[N]``.  anchor_index: their places, ``[A]``.
     """
 
-    def __init__(self, lengths: list[int], anchors: Tensor):
-        """lengths: of the sequences, N tokens in all."""
+    def __init__(self, lengths: list[int], anchors: Tensor, by_product: bool | None = None):
+        """lengths: of the sequences, N tokens in all.  by_product: plain products, faster on a CPU alone (None)."""
         self.anchors = anchors
         self.anchor_index = anchors.nonzero()[:, 0]
-        self._by_product = anchors.device.type == "cpu"
+        self._by_product = anchors.device.type == "cpu" if by_product is None else by_product
         self._all: list[Block] = []
         self._anchors: list[Block] = []
         places = self.anchor_index.tolist()

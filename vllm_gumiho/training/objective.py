@@ -106,12 +106,7 @@ class Candidates:
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of logits ``x weight^T + log_weight`` against ``wanted[rows]``, and how likely the truth is.
-
-    x ``[N, H]``; weight ``[C, H]``, not trained; wanted ``[B, C]``; rows, truth ``[N]``.  Returns ``[N]`` twice, the
-    second without a gradient.  The gradient is made along with the value, of a few rows at a time: no ``[N, C]`` tensor
-    is kept.
-    """
+    """The gradient is made along with the value, of a few rows at a time: no ``[N, C]`` tensor is kept."""
 
     @staticmethod
     def forward(
@@ -140,6 +135,17 @@ class _SoftCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (per_row,) = ctx.saved_tensors
         return (per_row * gradient[:, None].to(per_row.dtype)).to(per_row.dtype), None, None, None, None, None
+
+
+def soft_cross_entropy(
+    x: Tensor, weight: Tensor, log_weight: Tensor | None, wanted: Tensor, rows: Tensor, truth: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of logits ``x weight^T + log_weight`` against ``wanted[rows]``, and how likely the truth is.
+
+    x ``[N, H]``; weight ``[C, H]``, not trained; wanted ``[B, C]``; rows, truth ``[N]``.  Returns ``[N]`` twice, the
+    second without a gradient.
+    """
+    return _SoftCrossEntropy.apply(x, weight, log_weight, wanted, rows, truth)
 
 
 @dataclass(frozen=True)
@@ -225,7 +231,7 @@ def losses(
         # Position t + i of the anchors t: where the target's feature and its distribution are.
         at = valid.flatten().nonzero()[:, 0] + i
         truth, known = subset.column(ids.flatten()[at + 1])
-        ce, likely = _SoftCrossEntropy.apply(x, weight, subset.log_weight, target_probs, row_of[at], truth)
+        ce, likely = soft_cross_entropy(x, weight, subset.log_weight, target_probs, row_of[at], truth)
         agreed = torch.ones(kept.shape, device=ids.device).masked_scatter(kept, likely * known)
         return Position(kept, ce, F.smooth_l1_loss(x.float(), vectors[at].float()), agreed)
 
