@@ -19,90 +19,88 @@ CPU_BLOCK = 256
 
 @dataclass(frozen=True)
 class Block:
-    """Queries ``first:last`` of flat order (tokens or anchors), keys ``start:stop`` of the tokens.
+    """Some queries that follow one another, and the keys of the first pass that they see.
 
-    at: where each query lies in its sequence, ``[last - first]``; None where queries are all of ``start:stop``.
+    queries: how many.  sequence: whose first ``keys`` tokens; -1 for tokens whose attention nobody needs.
+    at: where each query lies in its sequence, ``[queries]``; None where query i is token i.
     """
 
-    first: int
-    last: int
-    start: int
-    stop: int
-    at: Tensor | None
+    queries: int
+    sequence: int = -1
+    keys: int = 0
+    at: Tensor | None = None
 
 
 class Sight:
     """What every query sees.
 
-    anchors: which of the N tokens are anchors, bool ``[N]``.  anchor_index: their places, ``[A]``.
+    anchor_index: places of the A anchors among the N tokens, ascending.
     """
 
     def __init__(self, lengths: list[int], anchors: Tensor, by_product: bool | None = None):
-        """lengths: of the sequences, N tokens in all.  by_product: plain products, faster on a CPU alone (None)."""
-        self.anchors = anchors
+        """lengths: of the sequences, N tokens in all.  anchors: which tokens are, bool ``[N]``.
+
+        by_product: plain products, faster on a CPU; None decides by the device.
+        """
         self.anchor_index = anchors.nonzero()[:, 0]
         self._by_product = anchors.device.type == "cpu" if by_product is None else by_product
-        self._all: list[Block] = []
-        self._anchors: list[Block] = []
-        places = self.anchor_index.tolist()
-        start, done = 0, 0
-        for length in lengths:
-            stop = start + length
-            until = done
-            while until < len(places) and places[until] < stop:
-                until += 1
-            if until > done:
-                self._add(start, stop, done, until, places)
-            start, done = stop, until
-        self._biases: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+        self._lengths = lengths
+        # Every token is in one block of the first list, every anchor in one of the second.
+        self._blocks: dict[bool, list[Block]] = {True: [], False: []}
+        self._biases: dict[tuple[bool, int, int, torch.dtype], Tensor] = {}
+        counts = [int(part.sum()) for part in anchors.cpu().split(lengths)]
+        for sequence, (length, places) in enumerate(zip(lengths, self.anchor_index.split(counts), strict=True)):
+            start = sum(lengths[:sequence])
+            self._add(sequence, length, places - start)
 
-    def _add(self, start: int, stop: int, done: int, until: int, places: list[int]) -> None:
-        size = CPU_BLOCK if self._by_product else stop - start
-        # Causal: what follows the last anchor is seen by none.
-        stop = places[until - 1] + 1
-        for first in range(start, stop, size):
-            last = min(first + size, stop)
-            at = torch.arange(first - start, last - start) if self._by_product else None
-            self._all.append(Block(first, last, start, last, at))
-        for first in range(done, until, size):
-            last = min(first + size, until)
-            at = self.anchor_index[first:last] - start
-            self._anchors.append(Block(first, last, start, places[last - 1] + 1, at))
+    def _add(self, sequence: int, length: int, places: Tensor) -> None:
+        # What follows the last anchor is seen by none.
+        needed = int(places[-1]) + 1 if len(places) else 0
+        size = CPU_BLOCK if self._by_product else max(1, length)
+        for first in range(0, needed, size):
+            last = min(first + size, needed)
+            at = torch.arange(first, last) if self._by_product else None
+            self._blocks[True].append(Block(last - first, sequence, last, at))
+        if needed < length:
+            self._blocks[True].append(Block(length - needed))
+        for at in places.split(size) if len(places) else ():
+            self._blocks[False].append(Block(len(at), sequence, int(at[-1]) + 1, at))
 
     def attend(self, q: Tensor, past: list[tuple[Tensor, Tensor]], all_queries: bool) -> Tensor:
         """q ``[N or A, heads, D]``; past: keys and values ``[n, kv heads, D]`` of the first pass and each later step.
 
         all_queries: q is of the N tokens, and past of the first pass.  Returns ``[N or A, heads, D]``.
         """
-        blocks = self._all if all_queries else self._anchors
-        out = torch.zeros_like(q) if len(blocks) == 0 else None
-        if out is not None:
+        blocks = self._blocks[all_queries]
+        if not blocks:
             # In the graph all the same: every process of a distributed run has a gradient for the same parameters.
-            return out + q * 0 + sum(k.sum() + v.sum() for k, v in past) * 0
-        found, reached = [], 0
-        for number, block in enumerate(blocks):
-            if block.first > reached:
-                found.append(q.new_zeros(block.first - reached, *q.shape[1:]))
-            reached = block.last
-            own = slice(block.first, block.last)
-            kept = slice(block.start, block.stop)
-            keys = [past[0][0][kept], *(k[own] for k, _ in past[1:])]
-            values = [past[0][1][kept], *(v[own] for _, v in past[1:])]
-            k = keys[0] if len(keys) == 1 else torch.cat(keys)
-            v = values[0] if len(values) == 1 else torch.cat(values)
-            found.append(self._one(q[own], k, v, block, (number, len(past), int(all_queries), q.dtype)))
-        if reached < q.shape[0]:
-            found.append(q.new_zeros(q.shape[0] - reached, *q.shape[1:]))
+            return q + sum(k.sum() + v.sum() for k, v in past) * 0
+        # Split and not sliced: the gradient of a split is one concatenation.
+        queries = q.split([block.queries for block in blocks])
+        first = [tuple(x.split(self._lengths) for x in past[0])]
+        later = [tuple(x.split([block.queries for block in blocks]) for x in pair) for pair in past[1:]]
+        found = []
+        for number, (block, mine) in enumerate(zip(blocks, queries, strict=True)):
+            if block.sequence < 0:
+                found.append(mine)
+                continue
+            k, v = (
+                torch.cat([first[0][i][block.sequence][: block.keys], *(pair[i][number] for pair in later)])
+                if later
+                else first[0][i][block.sequence][: block.keys]
+                for i in (0, 1)
+            )
+            found.append(self._one(mine, k, v, block, (all_queries, number, len(later), q.dtype)))
         return torch.cat(found)
 
-    def _one(self, q: Tensor, k: Tensor, v: Tensor, block: Block, name: tuple[int, int, int, torch.dtype]) -> Tensor:
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, block: Block, name: tuple[bool, int, int, torch.dtype]) -> Tensor:
         groups, heads = k.shape[1], q.shape[1]
         if block.at is None:
             out = F.scaled_dot_product_attention(_split(q), _split(k), _split(v), is_causal=True, enable_gqa=True)
             return out[0].transpose(0, 1)
         bias = self._biases.get(name)
         if bias is None:
-            bias = self._biases[name] = self._bias(block, name[1] - 1, heads // groups, q.dtype)
+            bias = self._biases[name] = self._bias(block, name[2], heads // groups, q.dtype)
         if not self._by_product:
             out = F.scaled_dot_product_attention(_split(q), _split(k), _split(v), attn_mask=bias, enable_gqa=True)
             return out[0].transpose(0, 1)
@@ -117,8 +115,8 @@ class Sight:
         """Added to scores: 0 where a key is seen, else -inf.  ``[queries, keys]``, repeated for a product's rows."""
         assert block.at is not None
         device = block.at.device
-        seen = torch.arange(block.stop - block.start, device=device) <= block.at[:, None]
-        own = torch.eye(block.last - block.first, dtype=torch.bool, device=device)
+        seen = torch.arange(block.keys, device=device) <= block.at[:, None]
+        own = torch.eye(block.queries, dtype=torch.bool, device=device)
         seen = torch.cat([seen, *[own] * steps], dim=1)
         bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
         return bias.repeat(repeats, 1) if self._by_product else bias
