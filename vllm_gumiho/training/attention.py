@@ -15,6 +15,8 @@ from torch import Tensor
 
 # Queries of one product on a CPU: keys behind a block are left out, and its scores stay in the cache.
 CPU_BLOCK = 256
+# Products on a CPU have sizes in steps of that: each new size costs some milliseconds of compilation.
+CPU_GRAIN = 32
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Sight:
             return q + sum(k.sum() + v.sum() for k, v in past) * 0
         # Split and not sliced: the gradient of a split is one concatenation.
         queries = q.split([block.queries for block in blocks])
-        first = [tuple(x.split(self._lengths) for x in past[0])]
+        first = [x.split(self._lengths) for x in past[0]]
         later = [tuple(x.split([block.queries for block in blocks]) for x in pair) for pair in past[1:]]
         found = []
         for number, (block, mine) in enumerate(zip(blocks, queries, strict=True)):
@@ -85,9 +87,7 @@ class Sight:
                 found.append(mine)
                 continue
             k, v = (
-                torch.cat([first[0][i][block.sequence][: block.keys], *(pair[i][number] for pair in later)])
-                if later
-                else first[0][i][block.sequence][: block.keys]
+                self._grained(first[i][block.sequence][: block.keys], *(pair[i][number] for pair in later))
                 for i in (0, 1)
             )
             found.append(self._one(mine, k, v, block, (all_queries, number, len(later), q.dtype)))
@@ -106,20 +106,31 @@ class Sight:
             return out[0].transpose(0, 1)
         # Query heads of a group read the same keys: one product of all their rows.
         size, width = q.shape[0], q.shape[2]
-        rows = q.view(size, groups, -1, width).permute(1, 2, 0, 3).reshape(groups, -1, width)
+        rows = self._grained(q).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
         scores = torch.baddbmm(bias.expand(groups, -1, -1), rows, k.permute(1, 2, 0), alpha=width**-0.5)
         out = torch.bmm(scores.softmax(-1), v.transpose(0, 1))
-        return out.view(groups, -1, size, width).permute(2, 0, 1, 3).reshape(size, heads, width)
+        return out.unflatten(1, (heads // groups, -1)).permute(2, 0, 1, 3).flatten(1, 2)[:size]
 
     def _bias(self, block: Block, steps: int, repeats: int, dtype: torch.dtype) -> Tensor:
         """Added to scores: 0 where a key is seen, else -inf.  ``[queries, keys]``, repeated for a product's rows."""
         assert block.at is not None
         device = block.at.device
-        seen = torch.arange(block.keys, device=device) <= block.at[:, None]
-        own = torch.eye(block.queries, dtype=torch.bool, device=device)
+        # Queries that fill up see the first key, so that their rows are finite.
+        at = torch.zeros(self._up(block.queries), dtype=torch.long, device=device)
+        at[: block.queries] = block.at
+        seen = torch.arange(self._up(block.keys), device=device) <= at[:, None]
+        own = torch.eye(len(at), dtype=torch.bool, device=device)
         seen = torch.cat([seen, *[own] * steps], dim=1)
         bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
         return bias.repeat(repeats, 1) if self._by_product else bias
+
+    def _up(self, size: int) -> int:
+        return -(-size // CPU_GRAIN) * CPU_GRAIN if self._by_product else size
+
+    def _grained(self, *parts: Tensor) -> Tensor:
+        """Parts ``[n, heads, D]`` end to end, each filled up with zeros to the size of products."""
+        filled = [F.pad(x, (0, 0, 0, 0, 0, self._up(len(x)) - len(x))) if self._by_product else x for x in parts]
+        return filled[0] if len(filled) == 1 else torch.cat(filled)
 
 
 def _split(x: Tensor) -> Tensor:
