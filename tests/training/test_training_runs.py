@@ -63,9 +63,14 @@ def start(
     return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
 
 
-def loss_curve(output: Path) -> dict[int, float]:
+def history(output: Path) -> list[dict[str, float]]:
+    """What was logged of each step."""
     state = json.loads((output / "final" / "trainer_state.json").read_text())
-    return {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def loss_curve(output: Path) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in history(output)}
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path, tiny_target, data):
@@ -85,6 +90,9 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, tiny_target, data):
     assert sorted(seen) == sorted(expected) == list(range(1, 13))
     # The same sums in the same order on the same machine: no tolerance.
     assert seen == expected
+    counted = [[entry.get("answer_tokens") for entry in history(output)] for output in (whole, killed)]
+    assert counted[0] == counted[1]
+    assert 0 < counted[0][0] < counted[0][-1]
     assert int(stopped.rpartition("-")[2]) < 12
 
 

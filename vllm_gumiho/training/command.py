@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Annotated
 
@@ -66,6 +67,8 @@ def features(
 
     opened = open_target(find_target(target), feature_cache)
     samples = read_samples(data, opened.embed.shape[0])
+    # Kinds mixed, so that a store that is not full yet serves a run as well.
+    random.Random(0).shuffle(samples)
     sequences = [sample.tokens()[0][:row_length] for sample in samples]
     with Progress() as progress:
         task = progress.add_task("tokens", total=sum(map(len, sequences)))

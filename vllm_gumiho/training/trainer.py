@@ -69,7 +69,10 @@ class DrafterTrainer(Trainer):
             self._meter = SpeedMeter(self.args.device, dtype)
         target, drafter = self.flops
         flops = drafter if self.model.target_is_cached(inputs) else target + drafter
-        self._meter.add(int(inputs["answer"].sum()), flops)
+        tokens = int(inputs["answer"].sum())
+        self._meter.add(tokens, flops)
+        # Trainer keeps this number in its checkpoints and does not touch it itself unless asked to.
+        self.state.num_input_tokens_seen += tokens * self.args.world_size
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
@@ -86,6 +89,8 @@ class DrafterTrainer(Trainer):
             if self._meter is not None:
                 logs.update(self._meter.read())
             self._parts = {}
+        if self._meter is not None:
+            logs["answer_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, *args, **kwargs)
 
 
