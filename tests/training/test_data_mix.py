@@ -119,6 +119,12 @@ def test_a_stable_run_is_decayed_from_one_of_its_checkpoints(tmp_path, tiny_targ
     assert head[4]["loss"] == run[4]["loss"]
 
 
+def test_a_branch_needs_a_checkpoint(tmp_path, tiny_target, folder):
+    with pytest.raises(RecipeError, match="checkpoint-9: no whole checkpoint there"):
+        train(recipe(tiny_target, folder, tmp_path / "out", branch_from=str(tmp_path / "checkpoint-9")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_makes_checkpoints_by_the_clock(tmp_path, tiny_target, folder):
     train(recipe(tiny_target, folder, tmp_path, steps=3, save_every=3, save_minutes=1e-6))
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]

@@ -20,10 +20,10 @@ ALIKE = 0.7
 PASS_TOKENS, FILL_TOKENS = 4096, 8192
 
 
-def open_target(folder: str, cache: str | Path | None = None) -> FrozenTarget:
-    """The frozen target of a folder, on the device that training uses."""
+def open_target(folder: str, cache: str | Path | None = None, device: torch.device | None = None) -> FrozenTarget:
+    """The frozen target of a folder.  device: None is a GPU where there is one."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    return FrozenTarget(model, cache).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return FrozenTarget(model, cache).to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 class FrozenTarget:

@@ -154,7 +154,10 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     kind_of(recipe)
     set_seed(recipe.seed)
     last = last_checkpoint(Path(recipe.output)) if resume else recipe.branch_from
-    target = open_target(recipe.target, recipe.feature_cache)
+    if last is not None and not Path(last, "trainer_state.json").is_file():
+        raise RecipeError(f"branch_from {last}: no whole checkpoint there; give a run's folder checkpoint-N")
+    arguments = _arguments(recipe)
+    target = open_target(recipe.target, recipe.feature_cache, arguments.device)
     text_config = target.model.config.get_text_config()
     samples = read_samples(map(Path, recipe.data), text_config.vocab_size)
     if recipe.evaluation_prompts:
@@ -183,7 +186,6 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     training_model = TrainingModel(
         drafter, objective_of(recipe, vocabulary), target, frequent, recipe.own_tokens, recipe.bf16
     )
-    arguments = _arguments(recipe)
     # Now, of the files that were read: more answers may be appended to them while the run lasts.
     made = made_with(recipe, arguments.world_size)
     callbacks: list[TrainerCallback] = [ExportCallback(recipe, training_model, made)]
