@@ -50,12 +50,11 @@ class Sight:
         # Every token is in one block of the first list, every anchor in one of the second.
         self._blocks: dict[bool, list[Block]] = {True: [], False: []}
         self._biases: dict[tuple[bool, int, int, torch.dtype], Tensor] = {}
-        counts = [int(part.sum()) for part in anchors.cpu().split(lengths)]
-        for sequence, (length, places) in enumerate(zip(lengths, self.anchor_index.split(counts), strict=True)):
-            start = sum(lengths[:sequence])
-            self._add(sequence, length, places - start)
+        for sequence, (length, mine) in enumerate(zip(lengths, anchors.cpu().split(lengths), strict=True)):
+            self._add(sequence, length, mine.nonzero()[:, 0])
 
     def _add(self, sequence: int, length: int, places: Tensor) -> None:
+        """places: of a sequence's anchors, on the CPU: what is decided here must not wait for a GPU."""
         # What follows the last anchor is seen by none.
         needed = int(places[-1]) + 1 if len(places) else 0
         size = CPU_BLOCK if self._by_product else max(1, length)
@@ -66,7 +65,7 @@ class Sight:
         if needed < length:
             self._blocks[True].append(Block(length - needed))
         for at in places.split(size) if len(places) else ():
-            self._blocks[False].append(Block(len(at), sequence, int(at[-1]) + 1, at))
+            self._blocks[False].append(Block(len(at), sequence, int(at[-1]) + 1, at.to(self.anchor_index.device)))
 
     def attend(self, q: Tensor, past: list[tuple[Tensor, Tensor]], all_queries: bool) -> Tensor:
         """q ``[N or A, heads, D]``; past: keys and values ``[n, kv heads, D]`` of the first pass and each later step.

@@ -13,8 +13,8 @@ from torch import Tensor
 from vllm_gumiho.drafters.trainable_layers import SerialDrafter
 from vllm_gumiho.training.unrolling import Form, draft, shift, valid_anchors
 
-# Rows of logits over all candidates that are in memory at once.
-_LOGIT_ROWS = 512
+# Rows of logits over all candidates that are in memory at once: what a CPU's cache holds, and times that on a GPU.
+_LOGIT_ROWS, _ON_GPU = 512, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, log_weight: Tensor | None, wanted: Tensor, rows: Tensor, truth: Tensor
     ) -> tuple[Tensor, Tensor]:
         losses, likely, gradients = [], [], []
-        for x_, rows_, truth_ in zip(*(y.split(_LOGIT_ROWS) for y in (x.detach(), rows, truth)), strict=True):
+        for x_, rows_, truth_ in zip(*(y.split(_rows_at_once(x)) for y in (x.detach(), rows, truth)), strict=True):
             logits = F.linear(x_, weight).float()
             if log_weight is not None:
                 logits.add_(log_weight)
@@ -135,6 +135,10 @@ class _SoftCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (per_row,) = ctx.saved_tensors
         return (per_row * gradient[:, None].to(per_row.dtype)).to(per_row.dtype), None, None, None, None, None
+
+
+def _rows_at_once(x: Tensor) -> int:
+    return _LOGIT_ROWS if x.device.type == "cpu" else _ON_GPU * _LOGIT_ROWS
 
 
 def soft_cross_entropy(
@@ -217,7 +221,10 @@ def losses(
         # The label distribution of sequence position j serves every draft position that predicts x[j+1].
         wanted = shift(answer, 1).flatten().nonzero()[:, 0]
         target_probs = torch.cat(
-            [subset.logits(vectors[some], weight).softmax(-1).to(weight.dtype) for some in wanted.split(_LOGIT_ROWS)]
+            [
+                subset.logits(vectors[some], weight).softmax(-1).to(weight.dtype)
+                for some in wanted.split(_rows_at_once(wanted))
+            ]
         )
         row_of = wanted.new_full((vectors.shape[0],), -1)
         row_of[wanted] = torch.arange(wanted.shape[0], device=ids.device)
