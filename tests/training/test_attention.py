@@ -79,11 +79,13 @@ def test_sequences_one_by_one_attend_as_under_one_dense_mask(block, way, steps, 
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_no_anchors_leave_every_input_a_gradient():
-    q = torch.randn(0, HEADS, WIDTH, requires_grad=True)
+@pytest.mark.parametrize("all_queries", [False, True])
+def test_no_anchors_leave_every_input_a_gradient(all_queries):
+    q = torch.randn(5 if all_queries else 0, HEADS, WIDTH, requires_grad=True)
     k, v = (torch.randn(5, KV_HEADS, WIDTH, requires_grad=True) for _ in "kv")
-    Sight([5], torch.zeros(5, dtype=torch.bool)).attend(q, [(k, v)], False).sum().backward()
-    assert all(x.grad is not None and not x.grad.any() for x in (q, k, v))
+    Sight([5], torch.zeros(5, dtype=torch.bool)).attend(q, [(k, v)], all_queries).sum().backward()
+    assert all(x.grad is not None and not x.grad.any() for x in (k, v))
+    assert q.grad is not None
 
 
 @pytest.mark.parametrize("drawn", [0, 30])

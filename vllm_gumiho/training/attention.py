@@ -73,7 +73,7 @@ class Sight:
         all_queries: q is of the N tokens, and past of the first pass.  Returns ``[N or A, heads, D]``.
         """
         blocks = self._blocks[all_queries]
-        if not blocks:
+        if all(block.sequence < 0 for block in blocks):
             # In the graph all the same: every process of a distributed run has a gradient for the same parameters.
             return q + sum(k.sum() + v.sum() for k, v in past) * 0
         # Split and not sliced: the gradient of a split is one concatenation.
