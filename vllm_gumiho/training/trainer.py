@@ -156,8 +156,10 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     last = last_checkpoint(Path(recipe.output)) if resume else recipe.branch_from
     if last is not None and not Path(last, "trainer_state.json").is_file():
         raise RecipeError(f"branch_from {last}: no whole checkpoint there; give a run's folder checkpoint-N")
+    # Before the arguments start a process group: under FSDP all but one process would then read no weights.
+    target = open_target(recipe.target, recipe.feature_cache, torch.device("cpu"))
     arguments = _arguments(recipe)
-    target = open_target(recipe.target, recipe.feature_cache, arguments.device)
+    target.to(arguments.device)
     text_config = target.model.config.get_text_config()
     samples = read_samples(map(Path, recipe.data), text_config.vocab_size)
     if recipe.evaluation_prompts:
