@@ -1,8 +1,9 @@
 """Target features on disk: one file that only grows, read through a memory map.
 
 Two files a target, named by its fingerprint: ``*.features`` holds bfloat16 vectors end to end, ``*.index`` a record a
-sequence of tokens: 16 bytes of its SHA-256, first vector, number of vectors.  Features depend on the tokens before
-alone, so a sequence's are the same in whatever row it is packed.  Several processes may read and append at once.
+sequence of tokens: 16 bytes of its SHA-256, first vector, number of vectors, their CRC-32.  Features depend on the
+tokens before alone, so a sequence's are the same in whatever row it is packed.  Several processes may read and append
+at once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import struct
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RECORD = struct.Struct("<16sQQ")
+RECORD = struct.Struct("<16sQQI")
 
 
 def key_of(tokens: np.ndarray) -> bytes:
@@ -35,15 +37,33 @@ class FeatureStore:
         self._data, self._index = folder / f"{name}.features", folder / f"{name}.index"
         for file in (self._data, self._index):
             file.touch()
-        self._places: dict[bytes, tuple[int, int]] = {}
+        self._places: dict[bytes, tuple[int, int, int]] = {}
+        # Records whose vectors this process has found whole.
+        self._whole: set[bytes] = set()
         self._read = 0
         self._map = np.empty((0, width), np.uint16)
 
     def __contains__(self, key: bytes) -> bool:
-        """Whether features of these tokens are there, from this process or another."""
-        if key not in self._places:
+        """Whether whole features of these tokens are there, from this process or another."""
+        if key in self._whole:
+            return True
+        if key not in self._places or not self._is_whole(key):
+            # Perhaps another process has added them since.
             self._refresh()
-        return key in self._places and sum(self._places[key]) <= self._vectors()
+            if key not in self._places or not self._is_whole(key):
+                return False
+        self._whole.add(key)
+        return True
+
+    def _is_whole(self, key: bytes) -> bool:
+        first, count, checksum = self._places[key]
+        return first + count <= self._vectors() and zlib.crc32(self._vectors_at(first, count).tobytes()) == checksum
+
+    def _vectors_at(self, first: int, count: int) -> np.ndarray:
+        if first + count > len(self._map):
+            # Private pages: torch wants memory that may be written, and the file is never written through the map.
+            self._map = np.memmap(self._data, np.uint16, "c", shape=(self._vectors(), self.width))
+        return self._map[first : first + count]
 
     def __len__(self) -> int:
         self._refresh()
@@ -53,14 +73,11 @@ class FeatureStore:
         """Features ``[tokens, width]``, bfloat16, in memory of the map.  Raises: KeyError where there are none."""
         if key not in self:
             raise KeyError(key.hex())
-        first, count = self._places[key]
-        if first + count > len(self._map):
-            # Private pages: torch wants memory that may be written, and the file is never written through the map.
-            self._map = np.memmap(self._data, np.uint16, "c", shape=(self._vectors(), self.width))
-        return torch.from_numpy(self._map[first : first + count]).view(torch.bfloat16)
+        first, count, _ = self._places[key]
+        return torch.from_numpy(self._vectors_at(first, count)).view(torch.bfloat16)
 
     def append(self, items: Iterable[tuple[bytes, Tensor]]) -> None:
-        """Add features ``[tokens, width]`` of sequences.  What a kill cuts off has no whole record and is not read."""
+        """Add features ``[tokens, width]`` of sequences.  What a kill cuts off is not whole, and computed again."""
         with self._data.open("ab") as data, self._index.open("ab") as index:
             fcntl.flock(index, fcntl.LOCK_EX)
             size = 2 * self.width
@@ -70,8 +87,9 @@ class FeatureStore:
             first, records = data.seek(0, os.SEEK_END) // size, []
             for key, features in items:
                 values = features.detach().to("cpu", torch.bfloat16).contiguous()
-                data.write(values.view(torch.uint16).numpy().tobytes())
-                records.append(RECORD.pack(key, first, len(values)))
+                content = values.view(torch.uint16).numpy().tobytes()
+                data.write(content)
+                records.append(RECORD.pack(key, first, len(values), zlib.crc32(content)))
                 first += len(values)
             data.flush()
             os.fdatasync(data.fileno())
@@ -86,5 +104,5 @@ class FeatureStore:
             new = index.read()
         new = new[: len(new) // RECORD.size * RECORD.size]
         self._read += len(new)
-        for key, first, count in RECORD.iter_unpack(new):
-            self._places[key] = (first, count)
+        for key, *place in RECORD.iter_unpack(new):
+            self._places[key] = tuple(place)
