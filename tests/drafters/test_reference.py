@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
+from engines import environment
 from places import PROCESSES
 from reference_drafter import ReferenceDrafter
 from safetensors.torch import load_file
@@ -48,7 +48,7 @@ def recorded(tmp_path_factory, embedded_target):
         text=True,
         timeout=600,
         check=False,
-        env=os.environ,
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     embed = load_file(embedded_target / "model.safetensors")["model.embed_tokens.weight"].float()
