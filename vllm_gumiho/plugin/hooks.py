@@ -80,7 +80,7 @@ SERVING: tuple[Hook, ...] = (
          ("num_speculative_steps", "idx_mapping", "temperature", "seeds", "draft_tokens", "draft_logits",
           "acceptance_estimator", "draft_watermarker", "use_local_argmax_reduction")),
     Hook(*_SPECULATOR, "inherited", "positions that tokens are drawn by, runner V2",
-         ("DraftModelSpeculator", "sample_src_positions")),
+         ("DraftModelSpeculator", "sample_src_positions", "decode_cudagraph_manager")),
     Hook(_SPECULATOR[0], f"{_SPECULATOR[1]}._run_model", "inherited", "features of the last serial step"),
     Hook(_SPECULATOR[0], f"{_SPECULATOR[1]}._multi_step_decode", "inherited", "stops after the second serial token",
          _DECODE),

@@ -7,12 +7,13 @@ Annotations are real types here, not strings: vLLM's torch.compile support reads
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm import envs
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -27,7 +28,7 @@ from vllm_gumiho.drafters.lm_head import DraftHead, GreedyArgmax, LmHeadShard, a
 from vllm_gumiho.env import BREAKABLE_GRAPHS
 
 
-def draft_lengths(speculative_config: SpeculativeConfig) -> set[int]:
+def draft_lengths(speculative_config: Any) -> set[int]:
     """Every K that an engine can draft: the configured one, and those of a schedule."""
     schedule = speculative_config.num_speculative_tokens_per_batch_size or []
     return {speculative_config.num_speculative_tokens, *(length for _, _, length in schedule)}
