@@ -15,6 +15,10 @@ class CheckpointError(GumihoError):
     """A checkpoint, or a request for one, that cannot be used."""
 
 
+class DraftModelError(GumihoError):
+    """A draft model that cannot be built in this engine."""
+
+
 class KernelChoiceError(GumihoError):
     """The switch of the kernels has no such value, or asks for kernels that failed their check."""
 

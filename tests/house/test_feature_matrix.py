@@ -14,6 +14,11 @@ def test_every_row_has_a_test_and_every_marked_test_a_row():
     assert {runner for proofs in marks().values() for runner in proofs} == set(RUNNERS)
 
 
+def test_marks_of_another_drafter_are_rows_of_the_same_table():
+    assert marks("moa")
+    assert marks("moa").keys() <= FEATURES.keys()
+
+
 def test_every_row_is_proven_by_tests_of_the_short_run():
     """``make test`` leaves out what is marked long: such a test proves nothing there."""
     for file in TESTS.rglob("test_*.py"):

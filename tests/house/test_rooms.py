@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "runners": "drafters",
     "engines": "env errors files",
     "request": "drafters env errors files",
-    "tuning": "drafters engines env errors figures files options request",
+    "tuning": "engines env errors figures files options request",
     "plugin": "drafters engines errors request tuning",
     "training": "checkpoint drafters engines env errors figures files options version",
     "evaluation": "checkpoint drafters engines env errors figures files options plugin request",

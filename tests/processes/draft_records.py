@@ -9,6 +9,8 @@ import torch
 from draft_check import Draft, Record, check
 from torch import Tensor
 
+from vllm_gumiho.drafters import DEFAULT
+
 
 def runner_of(llm: Any) -> Any:
     """The engine's model runner, None where its workers are processes of their own."""
@@ -17,9 +19,10 @@ def runner_of(llm: Any) -> Any:
 
 
 def drafts_here(llm: Any) -> bool:
+    """Whether Gumiho drafts; `recording` has what other drafters of ours draft."""
     speculative = llm.llm_engine.vllm_config.speculative_config
     config = speculative and speculative.draft_model_config and speculative.draft_model_config.hf_config
-    return getattr(config, "gumiho_checkpoint", None) is not None
+    return getattr(config, "gumiho_checkpoint", None) is not None and DEFAULT.architecture in config.architectures
 
 
 def attach(llm: Any) -> Record:

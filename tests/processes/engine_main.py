@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import draft_records
+import moa_faults
 from config_main import watch_network
 from gpu_like import adaptive, operators, replay, sleep, traced
+from recording import record_drafts
 
 COUNTERS = {
     "vllm:spec_decode_num_drafts": "drafts", "vllm:spec_decode_num_draft_tokens": "drafted",
@@ -200,7 +202,12 @@ def accept_too_often() -> None:
     rejection_sampler.generate_uniform_probs = lambda *args, **kwargs: right(*args, **kwargs) * 0.75
 
 
-PLANTS = {"accepts too often": accept_too_often, "gpu-like": operators.turn_on, "adaptive": adaptive.turn_on}
+PLANTS = {
+    "accepts too often": accept_too_often,
+    "gpu-like": operators.turn_on,
+    "adaptive": adaptive.turn_on,
+    **moa_faults.FAULTS,
+}
 
 
 def run_case(case: dict, attempts: list[str]) -> dict:
@@ -239,6 +246,7 @@ def run_case(case: dict, attempts: list[str]) -> dict:
         "k": speculative and speculative.num_speculative_tokens,
     }
     record = draft_records.attach(llm) if draft_records.drafts_here(llm) and "not compared" not in case else None
+    drafts, features = record_drafts(llm) if case.get("record features") else ([], [])
     replays = replay.watch(llm) if case.get("replay") else []
     steps = [run_step(llm, step) for step in case["steps"]]
     facts |= {"accepted per position": accepted_per_position(llm), "launches": launches()}
@@ -251,11 +259,11 @@ def run_case(case: dict, attempts: list[str]) -> dict:
         "verification": dict(adaptive.TOKENS),
     }
     facts["drafts"] = None if record is None else draft_records.compare(llm, record)
-    drafts = [] if record is None else [(text, draft.tokens) for text, draft in record.finished()]
+    drafts += [] if record is None else [(text, draft.tokens) for text, draft in record.finished()]
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
-    return {"facts": facts, "steps": steps, "drafts": drafts, "network": attempts[before:]}
+    return {"facts": facts, "steps": steps, "drafts": drafts, "draft features": features, "network": attempts[before:]}
 
 
 def main() -> None:

@@ -8,12 +8,14 @@ import sys
 import huggingface_hub
 import pytest
 
+from vllm_gumiho.drafters import DEFAULT, DRAFTERS
 from vllm_gumiho.env import CHECKPOINTS
 from vllm_gumiho.errors import CheckpointError
 from vllm_gumiho.request import catalogue
-from vllm_gumiho.request.catalogue import HEADS, RELEASED, find_checkpoint, known_pairs, local_path
+from vllm_gumiho.request.catalogue import HEADS, checkpoint_for, find_checkpoint, known_pairs, local_path
 
 VICUNA = "lmsys/vicuna-7b-v1.3"
+RELEASED = DEFAULT.released
 BUILT_IN = {**RELEASED, **{target: str(checkpoint) for target, checkpoint in HEADS.items()}}
 
 
@@ -52,6 +54,17 @@ def test_a_known_target_is_found_however_it_is_named(target, written, tmp_path):
 def test_the_seven_released_pairs_are_known():
     assert len(RELEASED) == 7
     assert all(checkpoint.startswith("amd/Gumiho-") for checkpoint in RELEASED.values())
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS.values(), ids=lambda drafter: drafter.name)
+def test_a_drafter_named_gives_its_own_checkpoint_and_not_anothers(drafter):
+    for target, checkpoint in drafter.released.items():
+        assert checkpoint.lower().startswith(drafter.hub_prefix)
+        assert find_checkpoint(target, drafter) == checkpoint
+        assert checkpoint_for(None, target, drafter.name) == checkpoint_for(drafter.name, target) == checkpoint
+    with pytest.raises(CheckpointError, match=f"no {drafter.title} checkpoint is known for target 'unknown/target'"):
+        checkpoint_for(None, "unknown/target", drafter.name)
+    assert checkpoint_for("some/head", "unknown/target", drafter.name) == "some/head"
 
 
 @pytest.mark.parametrize(

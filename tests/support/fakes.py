@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from tiny import HIDDEN, VOCAB
 
-PARALLEL = SimpleNamespace(pipeline_parallel_size=1)
+PARALLEL = SimpleNamespace(pipeline_parallel_size=1, decode_context_parallel_size=1)
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 
 

@@ -13,6 +13,7 @@ import string
 from pathlib import Path
 
 import tiny
+import tiny_moa
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -88,6 +89,17 @@ def write_checkpoint(folder: Path, vocab: int = VOCAB, config: dict | None = Non
         tensors[f"mlp.{head}.0.linear.bias"].fill_(SHIFT)
         reached = following[reached]
     return tiny.write_released(folder, tensors, config)
+
+
+def write_moa(folder: Path, vocab: int = VOCAB) -> Path:
+    """Mixture of Attentions that drafts successors: its attentions pass the embedding on."""
+    made = tiny_moa.drafter(hidden_size=HIDDEN, layers=(0, 1, 2), vocab_size=vocab)
+    tensors = {name: tensor.detach() for name, tensor in made.state_dict().items()}
+    for name, tensor in tensors.items():
+        if name.startswith(("self_attention.", "cross_attention.")) and "norm" not in name:
+            tensor.zero_()
+    made.save(folder, tensors, "org/target", None)
+    return folder
 
 
 def write_eagle(folder: Path, vocab: int = VOCAB) -> Path:

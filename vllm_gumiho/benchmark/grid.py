@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_gumiho.benchmark.arguments import check_engine_args, split
 from vllm_gumiho.benchmark.settings import METHODS, MODES, Settings, check
+from vllm_gumiho.drafters import DEFAULT, DRAFTERS
 from vllm_gumiho.engines.facts import default_dtype, on_cpu
 from vllm_gumiho.engines.prompts import QUESTIONS
 from vllm_gumiho.engines.target import find_target
@@ -114,7 +115,8 @@ def make_grid(settings: Settings, output: Path) -> Grid:
 
 def _variants(settings: Settings, target: str) -> list[Variant]:
     found = [Variant("none")]
-    asked = settings.methods or tuple(m for m in METHODS if m != "eagle" or settings.eagle_checkpoint is not None)
+    others = {*DRAFTERS} - {DEFAULT.name} | ({"eagle"} if settings.eagle_checkpoint is None else set())
+    asked = settings.methods or tuple(method for method in METHODS if method not in others)
     for method in asked:
         if method == "none":
             continue

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_gumiho.drafters import DRAFTERS
+from vllm_gumiho.drafters import DEFAULT, DRAFTERS
 from vllm_gumiho.errors import BenchError
 from vllm_gumiho.options import CONCURRENCY, TARGET, TOKENS, option
 
@@ -30,7 +30,10 @@ class Settings:
 
     target: str = option("smollm2", TARGET)
     methods: tuple[str, ...] = option(
-        (), f"Of {', '.join(METHODS[1:])}, beside 'none', which always runs; repeat.  Default: all.", "--method"
+        (),
+        f"Of {', '.join(METHODS[1:])}, beside 'none', which always runs; repeat.  Default: ngram, {DEFAULT.name}, and "
+        "eagle where it has a checkpoint.",
+        "--method",
     )
     checkpoint: str | None = option(None, "Draft checkpoint of our methods; by default the target's known one.")
     eagle_checkpoint: str | None = option(None, "EAGLE checkpoint; without one no EAGLE.")

@@ -49,7 +49,7 @@ def run_demo(
         "enforce_eager": on_cpu(),
         "enable_prefix_caching": False,
     }
-    speculative = {"method": "gumiho", "model": checkpoint, "num_speculative_tokens": num_speculative_tokens}
+    speculative = {"method": opened.drafter.name, "model": checkpoint, "num_speculative_tokens": num_speculative_tokens}
     log = output.with_suffix(".log")
     log.unlink(missing_ok=True)
     console.print(f"log of the engines: {log}", highlight=False, soft_wrap=True)

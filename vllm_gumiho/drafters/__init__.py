@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_gumiho.drafters.gumiho import GUMIHO
+from vllm_gumiho.drafters.moa import MOA
 from vllm_gumiho.drafters.protocol import Drafter, Sizes
 
 __all__ = ["DEFAULT", "DRAFTERS", "TRAINABLE", "Drafter", "Sizes", "drafter_of"]
 
-DRAFTERS: dict[str, Drafter] = {GUMIHO.name: GUMIHO}
+DRAFTERS: dict[str, Drafter] = {GUMIHO.name: GUMIHO, MOA.name: MOA}
 DEFAULT = GUMIHO
 
 # Trained here: our drafters, and those that vLLM serves itself, for comparison.

@@ -9,7 +9,7 @@ drafter it is, and the numbers of its parts, come from the tensors, never from a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,11 @@ class Checkpoint:
     @property
     def layer_config(self) -> dict[str, Any]:
         """Llama config of the draft layers, as far as the checkpoint has one."""
-        config = self.config or {}
+        config: Mapping[str, Any] = self.config or {}
         if TYPE_KEY in config:
             config = config.get("transformer_layer_config") or {}
+        else:
+            config = self.drafter.layer_config(config)
         return {key: value for key, value in config.items() if value is not None}
 
     def tensors(self, keep_int8: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -139,7 +141,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if absent := sorted(promised - set(infos)):
         raise CheckpointError(f"{path}: tensors of its index are missing: {some(absent)}; fetch the checkpoint again")
     drafter = _drafter_by(config, infos) or DEFAULT
-    sizes = drafter.read_sizes(path, infos)
+    sizes = drafter.read_sizes(path, infos, config)
     layout = "speculators" if config and TYPE_KEY in config else f"released ({files[0].suffix[1:]})"
     return Checkpoint(path, drafter, layout, config, infos, sizes)
 
@@ -172,8 +174,11 @@ def save_speculators(
     layer_config: dict[str, Any],
     int8: bool = False,
     drafter: Drafter = DEFAULT,
+    config: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint in the speculators layout; matrices as int8 with one scale a row when ``int8``.
+
+    config: what no tensor tells, by the keys of the drafter's own config.json.
 
     The files appear under their names only when whole; config.json holds the SHA-256 of the weights.
 
@@ -187,8 +192,8 @@ def save_speculators(
     if int8:
         tensors = dict(item for name, tensor in tensors.items() for item in quantise(name, tensor))
     infos = {name: TensorInfo(tuple(t.shape), t.dtype, folder) for name, t in tensors.items()}
-    config = speculators_config(drafter, drafter.read_sizes(folder, infos), verifier, layer_config)
-    write_checkpoint(folder, tensors, config, checksum=True)
+    sizes = drafter.read_sizes(folder, infos, config)
+    write_checkpoint(folder, tensors, speculators_config(drafter, sizes, verifier, layer_config), checksum=True)
     return open_checkpoint(folder)
 
 

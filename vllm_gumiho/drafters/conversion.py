@@ -52,7 +52,7 @@ def convert_checkpoint(
     tensors = dict(opened.tensors(keep_int8=not int8))
     if count_answers is not None:
         tensors[D2T] = _draft_vocabulary(opened, draft_vocab, count_answers, layer.get("vocab_size"))
-    return save_speculators(destination, tensors, target or "unknown", layer, int8, opened.drafter)
+    return save_speculators(destination, tensors, target or "unknown", layer, int8, opened.drafter, opened.config)
 
 
 def _draft_vocabulary(

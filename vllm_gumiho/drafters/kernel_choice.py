@@ -83,10 +83,14 @@ class Choice:
         if by_library:
             some = ", ".join(f"{count} at batch {_range(tile)}" for count, tile in by_library)
             heads += f" and by {HeadsPath.BATCHED.value} ({some})"
-        name = "Triton kernel" if self.argmax else "logits"
-        argmax = f"argmax by {name} ({self.argmax_reason})"
-        tiles = [tile for tile in self.shapes.rows if tile not in self.argmax] if self.argmax else []
-        return f"{heads}, {argmax}" + (f" and by logits ({', '.join(map(_range, tiles))} rows)" if tiles else "")
+        return f"{heads}, {describe_argmax(self.shapes, self.argmax, self.argmax_reason)}"
+
+
+def describe_argmax(shapes: Shapes, taken: frozenset[int], reason: str) -> str:
+    """For the log line at start: row tiles that the argmax kernel takes, and why."""
+    argmax = f"argmax by {'Triton kernel' if taken else 'logits'} ({reason})"
+    tiles = [tile for tile in shapes.rows if tile not in taken] if taken else []
+    return argmax + (f" and by logits ({', '.join(map(_range, tiles))} rows)" if tiles else "")
 
 
 def _range(tile: int) -> str:
@@ -160,6 +164,28 @@ def choose_kernels(
     if kept != argmax:
         argmax_reason = f"{argmax_reason}; {_ELSEWHERE}"
     return Choice(shapes, common, reason, kept, argmax_reason)
+
+
+def choose_argmax(
+    max_batch: int,
+    tokens: GreedyArgmax | None,
+    tokens_refused: str | None,
+    greedy: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    timer: Timer = graph_timer,
+) -> tuple[frozenset[int], str]:
+    """`choose_kernels` for a drafter without parallel heads: row tiles that the kernel takes, and words for the log."""
+    switch, shapes = kernel_switch(), Shapes({}, max_batch)
+    refused = refusal(switch, device, greedy) or tokens_refused
+    with uncounted():
+        found, reason = _argmax_tiles(shapes, tokens, refused, dtype, timer if switch is Switch.AUTO else None)
+    if switch is Switch.ON and tokens is not None and not found:
+        raise KernelChoiceError(f"{KERNELS.name}=1, but argmax: {reason}; unset it")
+    agreed = lowest_of_all_ranks([int(tile in found) for tile in shapes.rows])
+    kept = frozenset(tile for tile, yes in zip(shapes.rows, agreed, strict=True) if yes)
+    reason = reason if kept == found else f"{reason}; {_ELSEWHERE}"
+    return kept, describe_argmax(shapes, kept, reason)
 
 
 def _right_path(

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from vllm.config import ModelConfig, ParallelConfig
+
     from vllm_gumiho.checkpoint.files import TensorInfo
 
 
@@ -93,6 +95,11 @@ class Drafter(Protocol):
         ...
 
     @property
+    def released(self) -> Mapping[str, str]:
+        """Published checkpoints by the target that each was made for."""
+        ...
+
+    @property
     def hub_prefix(self) -> str:
         """Names of published checkpoints begin with it, in lower case."""
         ...
@@ -101,8 +108,15 @@ class Drafter(Protocol):
         """Whether these are the tensor names of such a drafter, whole or not."""
         ...
 
-    def read_sizes(self, where: Path, infos: dict[str, TensorInfo]) -> Sizes:
-        """Sizes, after checking that the tensors are exactly those of one drafter.  Raises: CheckpointError."""
+    def read_sizes(self, where: Path, infos: dict[str, TensorInfo], config: Mapping[str, Any] | None) -> Sizes:
+        """Sizes, after checking that the tensors are exactly those of one drafter.
+
+        config: of the checkpoint, for what no tensor tells.  Raises: CheckpointError.
+        """
+        ...
+
+    def layer_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a published config.json says of the draft layers, where it is not the speculators format's."""
         ...
 
     @property
@@ -110,8 +124,16 @@ class Drafter(Protocol):
         """What config.json says of it beside what every drafter's says; the vLLM model reads these."""
         ...
 
-    def config_fields(self, sizes: Any) -> dict[str, Any]:
-        """Values of ``config_keys``."""
+    def config_fields(self, sizes: Any, num_attention_heads: int) -> dict[str, Any]:
+        """Values of ``config_keys``.  num_attention_heads: of the draft layers."""
+        ...
+
+    def fit(self, where: Path, sizes: Any, target: ModelConfig, parallel: ParallelConfig | None) -> dict[str, Any]:
+        """Values of ``config_keys`` that hang on the target.
+
+        where: the checkpoint.  parallel: None where no engine is to be started with it.
+        Raises: CheckpointError where the target lacks what the drafter reads.
+        """
         ...
 
     def lacking_in_v2(self, vllm_config: Any) -> list[str]:

@@ -50,7 +50,7 @@ def speculators_config(drafter: Drafter, sizes: Sizes, verifier: str, layer_conf
             f"num_key_value_heads={kv_heads} times head_dim={head_dim} is not the {sizes.key_size} rows of k_proj"
         )
     if layer.get("hidden_size", sizes.hidden_size) != sizes.hidden_size:
-        raise CheckpointError(f"config.json says hidden_size={layer['hidden_size']}, fc.weight {sizes.hidden_size}")
+        raise CheckpointError(f"config.json says hidden_size={layer['hidden_size']}, the tensors {sizes.hidden_size}")
     layer = {key: layer[key] for key in _COPIED_KEYS if key in layer}
     layer |= {
         "model_type": "llama",
@@ -66,7 +66,7 @@ def speculators_config(drafter: Drafter, sizes: Sizes, verifier: str, layer_conf
     return {
         TYPE_KEY: drafter.name,
         "architectures": [drafter.architecture],
-        **drafter.config_fields(sizes),
+        **drafter.config_fields(sizes, heads),
         **({"draft_vocab_size": sizes.draft_vocab_size} if sizes.draft_vocab_size else {}),
         "speculators_config": {
             "algorithm": drafter.name,

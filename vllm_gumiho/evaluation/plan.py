@@ -10,7 +10,7 @@ from vllm_gumiho.checkpoint.files import weight_files
 from vllm_gumiho.drafters import DRAFTERS
 from vllm_gumiho.drafters.checkpoints import drafter_in, open_checkpoint
 from vllm_gumiho.files import sha256_of
-from vllm_gumiho.request.catalogue import checkpoint_for, local_path
+from vllm_gumiho.request.catalogue import check_named, checkpoint_for, local_path
 from vllm_gumiho.request.lengths import draft_length
 
 DEFAULT_K = 7
@@ -29,15 +29,17 @@ class Drafter:
 def find_drafter(method: str, checkpoint: str | None, lengths: tuple[int, ...], target: str) -> Drafter:
     """The checkpoint on this machine, and lengths that it can draft.
 
-    Raises: CheckpointError for a target without a known checkpoint, a checkpoint that is none, or a K out of range.
+    Raises: CheckpointError for a target without a known checkpoint, one that is none or another drafter's, or a
+    K out of range.
     """
     if method == "none":
         return Drafter(None, (0,))
     if method == "ngram":
         return Drafter(None, lengths or (DEFAULT_K,))
-    path = local_path(checkpoint_for(checkpoint, target))
+    path = local_path(checkpoint_for(checkpoint, target, method))
     if method in DRAFTERS or drafter_in(path) is not None:
         opened = open_checkpoint(path)
+        check_named(str(path), opened.drafter, method)
         return Drafter(path, tuple(draft_length(length, opened) for length in lengths or (None,)))
     weight_files(path)
     return Drafter(path, lengths or (DEFAULT_K,))

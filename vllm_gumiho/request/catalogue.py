@@ -10,56 +10,63 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vllm_gumiho.drafters import DRAFTERS
+from vllm_gumiho.drafters import DEFAULT, DRAFTERS, Drafter
 from vllm_gumiho.env import CHECKPOINTS, config_file
 from vllm_gumiho.errors import CheckpointError
 
 BUNDLED = Path(__file__).parents[1] / "heads"
 
-RELEASED = {
-    "lmsys/vicuna-7b-v1.3": "amd/Gumiho-vicuna-7b",
-    "lmsys/vicuna-13b-v1.3": "amd/Gumiho-vicuna-13b",
-    "meta-llama/Llama-2-7b-chat-hf": "amd/Gumiho-llama2-7b",
-    "meta-llama/Llama-2-13b-chat-hf": "amd/Gumiho-llama2-13b",
-    "meta-llama/Llama-2-70b-chat-hf": "amd/Gumiho-llama2-70b",
-    "meta-llama/Meta-Llama-3-8B-Instruct": "amd/Gumiho-llama3-8b",
-    "meta-llama/Meta-Llama-3-70B-Instruct": "amd/Gumiho-llama3-70b",
-}
 HEADS = {"HuggingFaceTB/SmolLM2-135M-Instruct": BUNDLED / "smollm2-135m-instruct"}
 
 
-def known_pairs() -> dict[str, str]:
-    """Target to checkpoint, user's pairs first.  Raises: CheckpointError for a user table that is not one."""
+def known_pairs(drafter: Drafter = DEFAULT) -> dict[str, str]:
+    """Target to checkpoint, user's pairs first, of whatever drafter; then those that we know of this ``drafter``.
+
+    Raises: CheckpointError for a user table that is not one.
+    """
     pairs = _user_pairs()
     theirs = {target.lower() for target in pairs}
-    built_in = {target: str(checkpoint) for target, checkpoint in (*HEADS.items(), *RELEASED.items())}
+    bundled = HEADS if drafter is DEFAULT else {}
+    built_in = {target: str(checkpoint) for target, checkpoint in (*bundled.items(), *drafter.released.items())}
     return pairs | {target: checkpoint for target, checkpoint in built_in.items() if target.lower() not in theirs}
 
 
-def find_checkpoint(target: str) -> str:
+def find_checkpoint(target: str, drafter: Drafter = DEFAULT) -> str:
     """Checkpoint for a target named by hub name, hub-cache folder, or a folder named like the model.
 
     Raises: CheckpointError listing the known targets.
     """
-    pairs = known_pairs()
+    pairs = known_pairs(drafter)
     names = _names(target)
     for known, checkpoint in pairs.items():
         if known.lower() in names or (Path(target).is_dir() and known.split("/")[-1].lower() in names):
             return checkpoint
     listing = "\n".join(f"  {known} -> {checkpoint}" for known, checkpoint in pairs.items())
     raise CheckpointError(
-        f"no Gumiho checkpoint is known for target {target!r}.  Known:\n{listing}\n"
+        f"no {drafter.title} checkpoint is known for target {target!r}.  Known:\n{listing}\n"
         f'Name one with "model": CHECKPOINT in the speculative config, or add the pair to a JSON object in '
         f"{CHECKPOINTS.name} (a file or the text itself)."
     )
 
 
-def checkpoint_for(asked: str | None, target: str) -> str:
-    """The checkpoint asked for; the target's known one where none or only a drafter is named.
+def checkpoint_for(asked: str | None, target: str, method: str | None = None) -> str:
+    """The checkpoint asked for; the target's known one where none or only a drafter is named, by either word.
 
     Raises: CheckpointError as `find_checkpoint`.
     """
-    return find_checkpoint(target) if asked is None or asked in DRAFTERS else asked
+    if asked is not None and asked not in DRAFTERS:
+        return asked
+    return find_checkpoint(target, DRAFTERS.get(asked or method or DEFAULT.name, DEFAULT))
+
+
+def check_named(where: str, found: Drafter, *words: str | None) -> None:
+    """Refuse a checkpoint of another drafter than the first of ``words`` that names one.  Raises: CheckpointError."""
+    named = next((DRAFTERS[word] for word in words if word in DRAFTERS), found)
+    if named is not found:
+        raise CheckpointError(
+            f"{where}: is a {found.title} checkpoint, and the request names {named.name!r}; name a {named.title} "
+            f"checkpoint, or ask for {found.name!r}"
+        )
 
 
 def local_path(checkpoint: str, revision: str | None = None) -> Path:

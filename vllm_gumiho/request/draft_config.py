@@ -15,15 +15,18 @@ from vllm_gumiho.errors import CheckpointError
 from vllm_gumiho.files import digest_of, write_json
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, ParallelConfig
 
 logger = logging.getLogger("vllm.vllm_gumiho")
 
 
-def derive_draft_config(checkpoint: Checkpoint, target: ModelConfig) -> dict[str, Any]:
+def derive_draft_config(
+    checkpoint: Checkpoint, target: ModelConfig, parallel: ParallelConfig | None = None
+) -> dict[str, Any]:
     """config.json content for the draft: sizes from the tensors, the rest from the checkpoint, else the target.
 
-    Raises: CheckpointError when hidden size, vocabulary or head dimension do not fit the target.
+    Raises: CheckpointError when hidden size, vocabulary or head dimension do not fit the target, or the target lacks
+    what the drafter reads.
     """
     sizes, text = checkpoint.sizes, target.hf_text_config
     if sizes.hidden_size != target.get_hidden_size():
@@ -66,6 +69,7 @@ def derive_draft_config(checkpoint: Checkpoint, target: ModelConfig) -> dict[str
         raise CheckpointError(f"{checkpoint.path}: {error}; correct its config.json or fetch it again") from error
     final = config["transformer_layer_config"]
     _reach_all_positions(checkpoint, final, dict(rope), target.max_model_len)
+    config |= checkpoint.drafter.fit(checkpoint.path, sizes, target, parallel)
     config["gumiho_checkpoint"] = str(checkpoint.path.resolve())
     return config
 

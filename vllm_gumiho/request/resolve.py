@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_gumiho.drafters import DRAFTERS, Drafter
 from vllm_gumiho.drafters.checkpoints import LOAD_FORMAT, Checkpoint, drafter_in, open_checkpoint
 from vllm_gumiho.errors import CheckpointError
-from vllm_gumiho.request.catalogue import checkpoint_for, local_path
+from vllm_gumiho.request.catalogue import check_named, checkpoint_for, local_path
 from vllm_gumiho.request.draft_config import derive_draft_config, publish
 from vllm_gumiho.request.lengths import AUTO, SCHEDULE, TOKENS, check_schedule, draft_length
 
@@ -81,11 +81,11 @@ def asks_for_ours(spec: dict[str, Any]) -> bool:
     method, model = spec.get("method"), spec.get("model")
     if any(name in DRAFTERS for name in (method, model) if isinstance(name, str)):
         return True
-    vllms = {drafter.vllm_method for drafter in DRAFTERS.values()}
-    if not (method is None or method in vllms) or not isinstance(model, str):
+    if not isinstance(model, str):
         return False
-    published = any(model.lower().startswith(drafter.hub_prefix) for drafter in DRAFTERS.values())
-    return published or drafter_in(model) is not None
+    published = (drafter for drafter in DRAFTERS.values() if model.lower().startswith(drafter.hub_prefix))
+    found = next(published, None) or drafter_in(model)
+    return found is not None and method in (None, found.vllm_method)
 
 
 def resolve(
@@ -100,9 +100,10 @@ def resolve(
     """
     where, path = _locate(spec, target)
     checkpoint = open_checkpoint(path)
+    check_named(where, checkpoint.drafter, spec.get("method"), spec.get("model"))
     _check_features(spec, parallel)
     _check_lengths(spec, checkpoint)
-    draft_config = derive_draft_config(checkpoint, target)
+    draft_config = derive_draft_config(checkpoint, target, parallel)
     if spec.get("draft_load_config") is not None:
         raise CheckpointError("draft_load_config is not for Gumiho, which reads its checkpoints itself; leave it out")
     if load_format != DUMMY:
@@ -118,7 +119,7 @@ def _locate(spec: dict[str, Any], target: ModelConfig) -> tuple[str, Path]:
         raise CheckpointError(f"model {model!r} goes with method {model!r}, not {method!r}; leave out the method")
     if model is not None and not isinstance(model, str):
         raise CheckpointError(f"speculative model {model!r} is not a path or a hub name")
-    where = checkpoint_for(model, target.model)
+    where = checkpoint_for(model, target.model, method)
     return where, local_path(where, spec.get("revision"))
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from vllm_gumiho.drafters import drafter_of
+
 logger = logging.getLogger("vllm.vllm_gumiho")
 
 
-def finish_loading(model: Any, num_speculative_tokens: int, runner: str) -> None:
+def finish_loading(model: Any, vllm_config: Any, runner: str) -> None:
     """Let a loaded draft model choose its kernels, and say in one line what drafts, and by which."""
-    choice, ranks = model.finish_loading(), model.heads.ranks
+    drafter = drafter_of(vllm_config)
+    assert drafter is not None
     logger.info(
-        "Gumiho drafts with %s: K=%d, model runner %s, %s%s",
+        "%s drafts with %s: K=%d, model runner %s, %s",
+        drafter.title,
         model.config.gumiho_checkpoint,
-        num_speculative_tokens,
+        vllm_config.speculative_config.num_speculative_tokens,
         runner,
-        choice.describe(),
-        f", heads shared by {ranks} ranks" if ranks > 1 else "",
+        model.finish_loading(),
     )
 
 

@@ -6,13 +6,51 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from vllm_gumiho.runners import finish_loading, leave_single_launch
 
 
-class GumihoProposer(EagleProposer):
+class DraftProposer(EagleProposer):
+    """What every drafter of ours does in V1: says what drafts and how, and finds greedy tokens by its own model.
+
+    And gives the draft layers the token that follows a part of a prompt, where vLLM 0.32 gives the prompt's last one.
+    """
+
+    _batch: Any = None
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the drafter beside its target; says once what drafts and how."""
+        super().load_model(target_model)
+        self.use_local_argmax_reduction = True  # greedy drafts come from the model's `get_top_tokens`
+        finish_loading(self.model, self.vllm_config, "V1")
+
+    def prepare_next_token_ids_padded(
+        self, sampled_token_ids: Tensor, requests: Any, gpu_input_batch: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As the base class; the batch is kept for the pass that follows."""
+        self._batch = gpu_input_batch
+        return super().prepare_next_token_ids_padded(sampled_token_ids, requests, gpu_input_batch, *args, **kwargs)
+
+    def set_inputs_first_pass(
+        self, *args: Any, next_token_ids: Tensor, cad: CommonAttentionMetadata, **kwargs: Any
+    ) -> tuple[int, Tensor, CommonAttentionMetadata]:
+        """As the base class; a request of which more is to be prefilled goes on with its own next token."""
+        batch, self._batch = self._batch, None
+        if batch is not None and cad.seq_lens_cpu_upper_bound is not None:
+            ends = cad.seq_lens_cpu_upper_bound.numpy()  # exact for these requests
+            (rows,) = (ends < batch.num_tokens_no_spec[: len(ends)]).nonzero()
+            if len(rows):
+                following = torch.from_numpy(batch.token_ids_cpu[rows, ends[rows]]).to(next_token_ids)
+                # vLLM keeps its own for the next step's input.
+                next_token_ids = next_token_ids.clone()
+                next_token_ids[torch.from_numpy(rows).to(next_token_ids.device)] = following
+        return super().set_inputs_first_pass(*args, next_token_ids=next_token_ids, cad=cad, **kwargs)
+
+
+class GumihoProposer(DraftProposer):
     """Serial steps through `EagleProposer.propose`, then every head asked for in one batched computation.
 
     The base class samples once per serial step; `_sample_draft_tokens` keeps what each step drafted from, which is
@@ -27,12 +65,6 @@ class GumihoProposer(EagleProposer):
         self._hidden: list[Tensor] = []
         self._tokens: list[Tensor] = []
         self._fused: list[Tensor] = []
-
-    def load_model(self, target_model: nn.Module) -> None:
-        """Load the drafter beside its target; says once what drafts and how."""
-        super().load_model(target_model)
-        self.use_local_argmax_reduction = True  # greedy drafts come from the model's `get_top_tokens`
-        finish_loading(self.model, self.num_speculative_tokens, "V1")
 
     def dummy_run(
         self, num_tokens: int, use_cudagraphs: bool = True, is_graph_capturing: bool = False, **kwargs: Any

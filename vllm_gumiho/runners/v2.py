@@ -15,7 +15,18 @@ from vllm_gumiho.drafters.gumiho import V2_SERIAL_STEPS as SERIAL_STEPS
 from vllm_gumiho.runners import finish_loading, leave_single_launch
 
 
-class GumihoSpeculator(EagleSpeculator):
+class DraftSpeculator(EagleSpeculator):
+    """What every drafter of ours does in V2: says what drafts and how, and finds greedy tokens by its own model."""
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the drafter beside its target; says once what drafts and how."""
+        super().load_model(target_model)
+        # Greedy drafts come from the model's `get_top_tokens`; adaptive verification reads their logits too.
+        self.use_local_argmax_reduction = self.acceptance_estimator is None
+        finish_loading(self.model, self.vllm_config, "V2")
+
+
+class GumihoSpeculator(DraftSpeculator):
     """Serial steps through the base class; the heads follow the second one inside the same (captured) function.
 
     vLLM records `_generate_fused_drafts` (or `_generate_draft`, for attention backends that cannot update their
@@ -27,13 +38,6 @@ class GumihoSpeculator(EagleSpeculator):
         self._hidden: Tensor | None = None
         self._draft_length = 0
         self._head_offsets = torch.arange(max(1, self.num_speculative_steps - SERIAL_STEPS), device=device)
-
-    def load_model(self, target_model: nn.Module) -> None:
-        """Load the drafter beside its target; says once what drafts and how."""
-        super().load_model(target_model)
-        # Greedy drafts come from the model's `get_top_tokens`; adaptive verification reads their logits too.
-        self.use_local_argmax_reduction = self.acceptance_estimator is None
-        finish_loading(self.model, self.num_speculative_steps, "V2")
 
     def propose(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the base class; without the captured graphs once their single launch of the heads has failed."""

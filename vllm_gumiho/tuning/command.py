@@ -13,7 +13,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_gumiho.drafters import DEFAULT
 from vllm_gumiho.errors import TuningError
 from vllm_gumiho.files import write_json
 from vllm_gumiho.options import CONCURRENCY, CheckpointOption, JsonFlag, TargetOption
@@ -169,7 +168,7 @@ def tune(
         max_num_seqs=concurrency,
         **{name: value for name, value in given.items() if value is not None},
     )
-    request = resolve({"method": DEFAULT.name, "model": checkpoint}, model)
+    request = resolve({"model": checkpoint}, model)
     key = storage.identity(request, engine, model)
     settings = Plan(
         max_batch=concurrency or storage.largest_batch(engine),

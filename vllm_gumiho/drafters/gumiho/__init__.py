@@ -5,7 +5,7 @@ layout: its tensors.  model, heads: serving.  trainable: training.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,15 @@ class Gumiho:
     }
     reads = "the target's last hidden state, after its final norm"
     drafts = "a token a serial pass, then one from each head in one pass"
+    released: Mapping[str, str] = {
+        "lmsys/vicuna-7b-v1.3": "amd/Gumiho-vicuna-7b",
+        "lmsys/vicuna-13b-v1.3": "amd/Gumiho-vicuna-13b",
+        "meta-llama/Llama-2-7b-chat-hf": "amd/Gumiho-llama2-7b",
+        "meta-llama/Llama-2-13b-chat-hf": "amd/Gumiho-llama2-13b",
+        "meta-llama/Llama-2-70b-chat-hf": "amd/Gumiho-llama2-70b",
+        "meta-llama/Meta-Llama-3-8B-Instruct": "amd/Gumiho-llama3-8b",
+        "meta-llama/Meta-Llama-3-70B-Instruct": "amd/Gumiho-llama3-70b",
+    }
     hub_prefix = "amd/gumiho-"
     config_keys = ("num_serial_steps", "num_parallel_heads", "fc_bias")
 
@@ -41,13 +50,21 @@ class Gumiho:
 
         return "fc.weight" in names and any(STAGE.fullmatch(name) for name in names)
 
-    def read_sizes(self, where: Path, infos: dict[str, TensorInfo]) -> GumihoSizes:
-        """See `layout.read_sizes`."""
+    def read_sizes(self, where: Path, infos: dict[str, TensorInfo], config: Mapping[str, Any] | None) -> GumihoSizes:
+        """See `layout.read_sizes`; the tensors tell everything."""
         from vllm_gumiho.drafters.gumiho.layout import read_sizes
 
         return read_sizes(where, infos)
 
-    def config_fields(self, sizes: GumihoSizes) -> dict[str, Any]:
+    def layer_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """All of it: a Llama config of the draft layers."""
+        return config
+
+    def fit(self, where: Path, sizes: GumihoSizes, target: Any, parallel: Any) -> dict[str, Any]:
+        """Any target has a last hidden state."""
+        return {}
+
+    def config_fields(self, sizes: GumihoSizes, num_attention_heads: int) -> dict[str, Any]:
         """Serial steps, heads, and whether ``fc`` has a bias."""
         return dict(zip(self.config_keys, (sizes.num_serial_steps, sizes.num_heads, sizes.fc_bias), strict=True))
 

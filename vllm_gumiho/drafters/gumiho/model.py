@@ -7,7 +7,6 @@ Annotations are real types here, not strings: vLLM's torch.compile support reads
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,31 +14,17 @@ from vllm import envs
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.llama_eagle import LlamaDecoderLayer, LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, get_draft_quant_config, maybe_prefix
 
-from vllm_gumiho.checkpoint.tensors import D2T, target_ids
+from vllm_gumiho.checkpoint.tensors import D2T
 from vllm_gumiho.drafters.gumiho.heads import ParallelHeads
 from vllm_gumiho.drafters.gumiho.layout import STAGE
-from vllm_gumiho.drafters.kernel_choice import Choice, Shapes, choose_kernels, kernel_switch
-from vllm_gumiho.drafters.lm_head import DraftHead, GreedyArgmax, LmHeadShard, argmax_problem, plain_head_problem
+from vllm_gumiho.drafters.kernel_choice import Shapes, choose_kernels
+from vllm_gumiho.drafters.lm_head import GreedyArgmax
+from vllm_gumiho.drafters.target_owned import TargetHead, TargetOwned
 from vllm_gumiho.env import BREAKABLE_GRAPHS
-
-
-def draft_lengths(speculative_config: Any) -> set[int]:
-    """Every K that an engine can draft: the configured one, and those of a schedule."""
-    schedule = speculative_config.num_speculative_tokens_per_batch_size or []
-    return {speculative_config.num_speculative_tokens, *(length for _, _, length in schedule)}
-
-
-class TargetOwned(nn.Module):
-    """Stands where a module of the target will be put; has the weight's shape and no memory."""
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.weight = torch.empty(*shape, device="meta")
 
 
 class FirstLayer(LlamaDecoderLayer):
@@ -99,17 +84,13 @@ class GumihoModel(nn.Module):
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
 
 
-class GumihoForCausalLM(LlamaForCausalLM):
+class GumihoForCausalLM(TargetHead, LlamaForCausalLM):
     """Draft model: serial Transformer, parallel heads, the target's embedding and LM head."""
-
-    has_own_embed_tokens = False
-    has_own_lm_head = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         nn.Module.__init__(self)
         config = vllm_config.speculative_config.draft_model_config.hf_config
-        self.config = config
-        config.draft_vocab_size = config.vocab_size
+        self.borrow_head(vllm_config, config)
         self.model = GumihoModel(
             vllm_config=vllm_config,
             prefix=maybe_prefix(prefix, "model"),
@@ -122,19 +103,10 @@ class GumihoForCausalLM(LlamaForCausalLM):
             vllm_config.model_config.dtype,
             asked_for=vllm_config.speculative_config.num_speculative_tokens - config.num_serial_steps,
         )
-        self.lm_head = TargetOwned(config.vocab_size, config.hidden_size)
-        self.logits_processor = LogitsProcessor(config.vocab_size, scale=getattr(config, "logit_scale", 1.0))
-        kernel_switch()  # a wrong value ends the start here
-        self.greedy_argmax: GreedyArgmax | None = None
-        self.draft_ids: Tensor | None = None
-        self.draft_head: DraftHead | None = None
-        self.greedy_drafts = vllm_config.speculative_config.draft_sample_method != "probabilistic"
-        self.max_batch = vllm_config.scheduler_config.max_num_seqs
-        self.draft_lengths = draft_lengths(vllm_config.speculative_config)
         # Breakable CUDA graphs replay this whole forward without its Python: only a buffer tells its o vectors then.
         self.copies_fused = bool(getattr(envs, BREAKABLE_GRAPHS.name, False))
-        dtype = vllm_config.model_config.dtype
-        self._fused = torch.zeros(self.max_batch if self.copies_fused else 0, config.hidden_size, dtype=dtype)
+        copies = self.max_batch if self.copies_fused else 0
+        self._fused = torch.zeros(copies, config.hidden_size, dtype=self.draft_dtype)
 
     @property
     def num_serial_steps(self) -> int:
@@ -166,50 +138,17 @@ class GumihoForCausalLM(LlamaForCausalLM):
         """
         return self.heads(fused, count).transpose(0, 1).flatten(0, 1)
 
-    def finish_loading(self) -> Choice:
-        """Take the draft vocabulary's rows and choose the kernels, now that the target's LM head is in place."""
-        if self.draft_ids is not None:
-            self.draft_head = DraftHead(self.lm_head, self.draft_ids, self.config.gumiho_checkpoint)
-            self.draft_ids = None  # the head has them, on its device
-        scale, dtype = self.logits_processor.scale, self.heads.bias.dtype
-        refused = None if self.draft_head else plain_head_problem(self.lm_head)
-        tokens = None
-        if refused is None:
-            shard = self.draft_head.shard if self.draft_head else LmHeadShard.of(self.lm_head, self.config.vocab_size)
-            refused = argmax_problem(shard, scale, dtype)
-            tokens = None if refused else GreedyArgmax(shard)
+    def finish_loading(self) -> str:
+        """Choose the kernels, now that the target's LM head is in place; which, for the log."""
+        tokens, refused = self.argmax_of_head()
         counts = {length - self.num_serial_steps for length in self.draft_lengths}
         shapes = Shapes({count: self.heads.own(count) for count in counts if count > 0}, self.max_batch)
         weights, counters = self.heads.weights, self.heads.counters
         choice = choose_kernels(shapes, weights, counters, tokens, refused, self.greedy_drafts)
         self.heads.paths = choice.heads
         self.greedy_argmax = GreedyArgmax(tokens.shard, choice.argmax) if tokens and choice.argmax else None
-        return choice
-
-    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """``[N, H]`` -> ``[N, V]`` by the target's LM head, its bias included; -inf for tokens never drafted."""
-        if self.draft_head is not None:
-            return self.draft_head.logits(hidden_states, self.config.vocab_size) * self.logits_processor.scale
-        return self.logits_processor(self.lm_head, hidden_states, getattr(self.lm_head, "bias", None))
-
-    def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
-        """Greedy draft tokens of ``[N, H]``, ``[N]`` int64, the same on every rank: what vLLM's runners ask for.
-
-        By the argmax kernel, which compares logits in float32 and writes none; over the draft vocabulary alone; or by
-        each rank's best logit.
-        """
-        if self.draft_head is not None:
-            if self.greedy_argmax is None:
-                return self.draft_head.ids[self.draft_head.draft_logits(hidden_states).argmax(-1)]
-            return self.draft_head.ids[self.greedy_argmax(hidden_states)]
-        if self.greedy_argmax is not None:
-            return self.greedy_argmax(hidden_states)
-        if not self.logits_processor.scale > 0:  # vLLM refuses the best logit of each rank there
-            logits = self.compute_logits(hidden_states)
-            assert logits is not None
-            return logits.argmax(-1)
-        bias = getattr(self.lm_head, "bias", None)
-        return self.logits_processor.get_top_tokens(self.lm_head, hidden_states, bias)
+        ranks = self.heads.ranks
+        return choice.describe() + (f", heads shared by {ranks} ranks" if ranks > 1 else "")
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors under their checkpoint names; returns the names of the parameters filled."""
@@ -223,7 +162,7 @@ class GumihoForCausalLM(LlamaForCausalLM):
                         place.copy_(tensor)
                     loaded.add(name)
                 elif name == D2T:
-                    self.draft_ids = target_ids(tensor, self.config.vocab_size, self.config.gumiho_checkpoint)
+                    self.take_draft_vocabulary(tensor)
                     loaded.add(name)
                 else:
                     yield name, tensor

@@ -1,0 +1,105 @@
+"""Mixture of Attentions (ICLR 2025, arXiv 2410.03804): drafted tokens attend to features of verified tokens alone.
+
+layout: its tensors.  features: from the target's layers to a feature.  context, model: serving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_gumiho.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, ParallelConfig
+
+    from vllm_gumiho.checkpoint.files import TensorInfo
+    from vllm_gumiho.drafters.moa.layout import MoaSizes
+
+
+_OF_TARGET_LAYERS = ("num_key_value_heads", "intermediate_size", "num_hidden_layers", "architectures")
+
+
+class Moa:
+    """The entry of Mixture of Attentions in the registry; see `vllm_gumiho.drafters.protocol.Drafter`."""
+
+    name = "moa"
+    title = "MoA"
+    architecture = "Eagle3MoaForCausalLM"
+    vllm_method = "eagle3"
+    model = "vllm_gumiho.drafters.moa.model:MoaForCausalLM"
+    trainable = "vllm_gumiho.drafters.moa.trainable:MoaDrafter"
+    runners = {
+        "vllm.v1.spec_decode.eagle:EagleProposer": "vllm_gumiho.runners.moa_v1:MoaProposer",
+        "vllm.v1.worker.gpu.spec_decode.eagle.speculator:EagleSpeculator": "vllm_gumiho.runners.moa_v2:MoaSpeculator",
+    }
+    reads = "the input states of some of the target's layers"
+    drafts = "a token a pass, each from features of verified tokens"
+    released: Mapping[str, str] = {
+        "meta-llama/Meta-Llama-3-8B-Instruct": "huawei-noah/MOASpec-Llama-3-8B-Instruct",
+    }
+    hub_prefix = "huawei-noah/moaspec-"
+    config_keys = ("eagle_aux_hidden_state_layer_ids", "layer_attention")
+
+    def has_tensors(self, names: Collection[str]) -> bool:
+        """By the cross-attention or the layer self-attention."""
+        from vllm_gumiho.drafters.moa.layout import has_tensors
+
+        return has_tensors(names)
+
+    def read_sizes(self, where: Path, infos: dict[str, TensorInfo], config: Mapping[str, Any] | None) -> MoaSizes:
+        """See `layout.read_sizes`."""
+        from vllm_gumiho.drafters.moa.layout import read_sizes
+
+        return read_sizes(where, infos, config)
+
+    def config_fields(self, sizes: MoaSizes, num_attention_heads: int) -> dict[str, Any]:
+        """The layers whose states vLLM is to give, and the layer self-attention."""
+        values = (list(sizes.target_layers), asdict(sizes.layer_shape(num_attention_heads)))
+        return dict(zip(self.config_keys, values, strict=True))
+
+    def layer_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The published config.json is the target's own, of which draft layers have other key heads and MLPs."""
+        return {key: value for key, value in config.items() if key not in _OF_TARGET_LAYERS}
+
+    def fit(self, where: Path, sizes: MoaSizes, target: ModelConfig, parallel: ParallelConfig | None) -> dict[str, Any]:
+        """Nothing hangs on the target; it must have these layers and give their states.
+
+        Raises: CheckpointError where it does not, for keys and values as input, and for split contexts.
+        """
+        from vllm.model_executor.model_loader.utils import get_model_cls
+        from vllm.model_executor.models.interfaces import supports_eagle3
+
+        layers = target.get_total_num_hidden_layers()
+        beyond = [str(layer) for layer in sizes.target_layers if layer > layers]
+        if beyond:
+            raise CheckpointError(
+                f"{where}: reads states of layer {', '.join(beyond)}, and target {target.model} has {layers} layers; "
+                "use a checkpoint trained for this target"
+            )
+        if not sizes.target_layers:
+            raise CheckpointError(
+                f"{where}: reads the keys and values of all of the target's layers, which is not built yet; use a "
+                "checkpoint that reads states (it has state_norms)"
+            )
+        if not supports_eagle3(get_model_cls(target)):
+            raise CheckpointError(
+                f"{where}: reads states of inner layers, which vLLM's class {get_model_cls(target).__name__} of target "
+                f"{target.model} does not give; use a drafter that reads the last state alone, such as gumiho"
+            )
+        if parallel is not None and parallel.decode_context_parallel_size > 1:
+            raise CheckpointError(
+                f"{where}: attends to verified tokens alone, whose lengths vLLM does not split over ranks; use "
+                f"decode_context_parallel_size=1 (not {parallel.decode_context_parallel_size})"
+            )
+        return {}
+
+    def lacking_in_v2(self, vllm_config: Any) -> list[str]:
+        """LoRA adapters, as with every draft model of vLLM 0.32's V2."""
+        lora = vllm_config.lora_config is not None
+        return ["LoRA adapters with MoA (V1 does: VLLM_USE_V2_MODEL_RUNNER=0)"] if lora else []
+
+
+MOA = Moa()

@@ -1,0 +1,63 @@
+"""From what the target's layers hold of a token to one feature: layer self-attention, mean, linear map.
+
+Source: Mixture of Attentions (arXiv 2410.03804), layer self-attention; the same module trains and serves.
+
+Shapes: N tokens, m layers read, W their width, H hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vllm_gumiho.drafters.moa.layers import AttentionLayer
+from vllm_gumiho.drafters.moa.layout import LayerShape
+from vllm_gumiho.drafters.trainable_layers import DrafterConfig, RMSNorm
+
+# Activations of the layer attention that are alive at a time: a long prefill goes through it in chunks.
+CHUNK_BYTES = 64 << 20
+
+
+class LayerFeatures(nn.Module):
+    """``state_norms``, ``layer_self_attention`` and ``Ekv2E``; state-dict names are the checkpoint's."""
+
+    def __init__(self, shape: LayerShape, hidden_size: int, rope_theta: float, rms_norm_eps: float):
+        super().__init__()
+        config = DrafterConfig(
+            hidden_size=shape.width,
+            intermediate_size=shape.intermediate_size,
+            num_attention_heads=shape.num_heads,
+            num_key_value_heads=shape.num_key_value_heads,
+            head_dim=shape.head_dim,
+            rope_theta=rope_theta,
+            rms_norm_eps=rms_norm_eps,
+            vocab_size=0,
+        )
+        self.target_layers = tuple(shape.target_layers)
+        self.state_norms = nn.ModuleDict({str(i): RMSNorm(shape.width, rms_norm_eps) for i in self.target_layers})
+        self.layer_self_attention = AttentionLayer(config)
+        self.Ekv2E = nn.Linear(shape.width, hidden_size)
+        # Of one layer of one token: the stream and its norms, q, k, v and their turned copies, the MLP's inside.
+        heads = shape.num_heads + shape.num_key_value_heads
+        self.elements_of_state = 4 * shape.width + 4 * heads * shape.head_dim + 3 * shape.intermediate_size
+
+    def forward(self, held: Tensor) -> Tensor:
+        """``[N, m, W]`` -> ``[N, H]``, token by token; layers are places on the rotary embedding by their number."""
+        layers = self.target_layers or range(held.shape[1])
+        if self.target_layers:
+            norms = (self.state_norms[str(layer)] for layer in layers)
+            held = torch.stack([norm(held[:, i]) for i, norm in enumerate(norms)], dim=1)
+        places = torch.tensor([list(layers)], device=held.device)
+        mixed = self.layer_self_attention(held, places, held, places)
+        return self.Ekv2E(mixed.mean(1))
+
+    def in_chunks(self, held: Tensor) -> Tensor:
+        """`forward`, holding the activations of no more than CHUNK_BYTES at a time."""
+        of_token = held.shape[1] * self.elements_of_state * held.element_size()
+        size = max(1, CHUNK_BYTES // of_token)
+        if held.shape[0] <= size:
+            return self(held)
+        features = held.new_empty(held.shape[0], self.Ekv2E.out_features)
+        for rows, out in zip(held.split(size), features.split(size), strict=True):
+            out.copy_(self(rows))
+        return features
