@@ -17,9 +17,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_gumiho.drafters import kernel_check, kernel_choice
 from vllm_gumiho.drafters import lm_head as lm_head_module
-from vllm_gumiho.drafters.gumiho.model import draft_lengths
 from vllm_gumiho.drafters.kernel_choice import Shapes, Switch, choose_kernels, kernel_switch, refusal
 from vllm_gumiho.drafters.lm_head import GreedyArgmax, LmHeadShard, argmax_problem, plain_head_problem
+from vllm_gumiho.drafters.target_owned import draft_lengths
 from vllm_gumiho.env import KERNELS
 from vllm_gumiho.errors import KernelChoiceError
 from vllm_gumiho.kernels.lm_head_argmax import MAX_ROWS
