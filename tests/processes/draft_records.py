@@ -65,6 +65,7 @@ def _keep_texts(llm: Any, record: Record) -> None:
 def _by_proposer(llm: Any, runner: Any, record: Record) -> None:
     """Runner V1: rows of a step, which go up to each request's last verified token."""
     _keep_texts(llm, record)
+    _leave_out_requests_with_holes(runner, record)
     drafter, propose = runner.drafter, runner.drafter.propose
 
     def recording(*args: Any, **kwargs: Any) -> Tensor:
@@ -80,12 +81,30 @@ def _by_proposer(llm: Any, runner: Any, record: Record) -> None:
         found = propose(*args, **kwargs)
         spreads = drafter._last_draft_probs
         for i, tokens in enumerate(found.tolist()):
+            if names[i] in record.holed:
+                continue
             temperature = 0.0 if temperatures is None else float(temperatures[i])
             spread = None if spreads is None else spreads[i].clone()
             record.add(Draft(names[i], at[i] + 2, tokens, spread, temperature))
         return found
 
     drafter.propose = recording
+
+
+def _leave_out_requests_with_holes(runner: Any, record: Record) -> None:
+    """Of runner V1, as it drafts for nobody in a step in which one request is within K tokens of max_model_len.
+
+    The drafter then never reads what the others of that step verified, whatever the draft model, and drafts on past it.
+    """
+    fits = runner._input_fits_in_drafter
+
+    def noting(metadata: Any) -> bool:
+        found = fits(metadata)
+        if not found:
+            record.holed.update(runner.input_batch.req_ids)
+        return found
+
+    runner._input_fits_in_drafter = noting
 
 
 def _by_speculator(runner: Any, record: Record) -> None:

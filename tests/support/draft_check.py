@@ -38,7 +38,8 @@ class Draft:
 class Record:
     """What an engine drafted.  texts: all tokens of each request; features: the target's, by position, each ``[H]``.
 
-    dropped: drafts of more than `most`, not kept.  wrong: what was seen to be wrong at once.
+    dropped: drafts of more than `most`, not kept.  wrong: what was seen to be wrong at once.  holed: requests whose
+    drafts are no longer held to anything.
     """
 
     most: int = 400
@@ -47,6 +48,7 @@ class Record:
     features: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     dropped: int = 0
     wrong: list[str] = field(default_factory=list)
+    holed: set[str] = field(default_factory=set)
 
     def add(self, draft: Draft) -> None:
         if len(self.drafts) < self.most:
