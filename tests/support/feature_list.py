@@ -35,7 +35,10 @@ FEATURES: dict[str, tuple[str, str]] = {
     ),
     "preemption and recompute": (SAME, ""),
     "requests joining, finishing and aborted": (SAME, "no KV block is left in use"),
-    "prompts and outputs up to max_model_len": (SAME, ""),
+    "prompts and outputs up to max_model_len": (
+        SAME,
+        "V1 drafts for no request in a step in which one is within K tokens of the end, with any draft model",
+    ),
     "positions beyond the draft's max_position_embeddings": (SAME, "drafts go on"),
     "stop strings and stop tokens": (SAME, ""),
     "end of sequence inside a draft": (SAME, ""),
@@ -72,7 +75,11 @@ FEATURES: dict[str, tuple[str, str]] = {
         "drafts are made without the adapter; V1 is taken by default, and V2 is refused: that of vLLM 0.32 gives "
         "adapters of the LM head wrong rows with any draft model, and fails in the CPU build (tested with EAGLE)",
     ),
-    "sleep and wake": (LIKE_OFF, "the CPU build has no sleep mode; untested on a GPU"),
+    "sleep and wake": (
+        LIKE_OFF,
+        "the CPU build has no sleep mode; level 2 was run with device memory stood in for; vLLM reads the target's "
+        'weights anew, and keeps a draft\'s by `sleep_preserve_parameter_names=["draft.*"]`; untested on a GPU',
+    ),
     "embedding models": (UNTOUCHED, ""),
     "n-gram and EAGLE speculation, and none": (UNTOUCHED, ""),
 }
@@ -89,10 +96,11 @@ test-next`, whose record is [vllm-0.33.json](results/vllm-0.33.json): {passed:,}
 vLLM takes model runner V2 by default where Triton is installed, as on GPUs, and V1 in the CPU build
 (`VLLM_USE_V2_MODEL_RUNNER` decides). V2 runs here under Triton's interpreter, and most rows there rest on one batch in
 which each request asks for something else, once. A runner that is not named has no test there, which is no known fault,
-unless the note says so; one named for 0.32 alone has not been run with 0.33 yet. What is drafted is compared too: with
-a drafter of random layers, drafts after chunked prefill, prefix hits and preemption, and those of two tensor-parallel
-workers (V1), are those of a request that ran alone. For targets in FP8, NVFP4 and MXFP4, whose kernels are for GPUs,
-the engine's config is made ([engine_configs](../tests/request/test_engine_configs.py)), and no engine. `python
+unless the note says so; one named for 0.32 alone has not been run with 0.33 yet. What is drafted is held to the paper's
+equations too, in every engine of these tests but those of data parallel: each draft token, and each distribution that
+drafts are drawn from, given the text verified before it (the first 400 drafts of an engine;
+[draft_check](../tests/support/draft_check.py)). For targets in FP8, NVFP4 and MXFP4, whose kernels are for GPUs, the
+engine's config is made ([engine_configs](../tests/request/test_engine_configs.py)), and no engine. `python
 tests/support/feature_list.py` writes this page from the tests' marks and that record, and
 `tests/house/test_feature_matrix.py` holds it to them.
 
