@@ -51,6 +51,8 @@ class Record:
     holed: set[str] = field(default_factory=set)
 
     def add(self, draft: Draft) -> None:
+        if not draft.tokens:  # K is 0 in this step
+            return
         if len(self.drafts) < self.most:
             self.drafts.append(draft)
         else:
