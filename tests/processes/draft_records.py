@@ -65,7 +65,6 @@ def _keep_texts(llm: Any, record: Record) -> None:
 def _by_proposer(llm: Any, runner: Any, record: Record) -> None:
     """Runner V1: rows of a step, which go up to each request's last verified token."""
     _keep_texts(llm, record)
-    _leave_out_requests_with_holes(runner, record)
     drafter, propose = runner.drafter, runner.drafter.propose
 
     def recording(*args: Any, **kwargs: Any) -> Tensor:
@@ -81,30 +80,12 @@ def _by_proposer(llm: Any, runner: Any, record: Record) -> None:
         found = propose(*args, **kwargs)
         spreads = drafter._last_draft_probs
         for i, tokens in enumerate(found.tolist()):
-            if names[i] in record.holed:
-                continue
             temperature = 0.0 if temperatures is None else float(temperatures[i])
             spread = None if spreads is None else spreads[i].clone()
             record.add(Draft(names[i], at[i] + 2, tokens, spread, temperature))
         return found
 
     drafter.propose = recording
-
-
-def _leave_out_requests_with_holes(runner: Any, record: Record) -> None:
-    """Of runner V1, as it drafts for nobody in a step in which one request is within K tokens of max_model_len.
-
-    The drafter then never reads what the others of that step verified, whatever the draft model, and drafts on past it.
-    """
-    fits = runner._input_fits_in_drafter
-
-    def noting(metadata: Any) -> bool:
-        found = fits(metadata)
-        if not found:
-            record.holed.update(runner.input_batch.req_ids)
-        return found
-
-    runner._input_fits_in_drafter = noting
 
 
 def _by_speculator(runner: Any, record: Record) -> None:
@@ -160,7 +141,7 @@ def _hold_watermark(speculator: Any, row: int, record: Record, name: str, tokens
 def _by_scheduler(llm: Any, record: Record) -> None:
     """Workers elsewhere: what they hand to the scheduler of runner V1."""
     _keep_texts(llm, record)
-    scheduler, longest = llm.llm_engine.engine_core.engine_core.scheduler, llm.llm_engine.vllm_config.model_config
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     update = scheduler.update_draft_token_ids
 
     def recording(found: Any) -> None:
@@ -169,7 +150,6 @@ def _by_scheduler(llm: Any, record: Record) -> None:
             request = scheduler.requests.get(name)
             if request is not None and request.spec_token_ids:
                 length = len(request.all_token_ids)
-                assert length + len(tokens) <= longest.max_model_len, "V1 drafts zeros there"
                 record.add(Draft(name, length, list(tokens), None, request.sampling_params.temperature))
 
     scheduler.update_draft_token_ids = recording

@@ -38,8 +38,7 @@ class Draft:
 class Record:
     """What an engine drafted.  texts: all tokens of each request; features: the target's, by position, each ``[H]``.
 
-    dropped: drafts of more than `most`, not kept.  wrong: what was seen to be wrong at once.  holed: requests whose
-    drafts are no longer held to anything.
+    dropped: drafts of more than `most`, not kept.  wrong: what was seen to be wrong at once.
     """
 
     most: int = 400
@@ -48,7 +47,6 @@ class Record:
     features: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     dropped: int = 0
     wrong: list[str] = field(default_factory=list)
-    holed: set[str] = field(default_factory=set)
 
     def add(self, draft: Draft) -> None:
         if not draft.tokens:  # K is 0 in this step

@@ -35,10 +35,7 @@ FEATURES: dict[str, tuple[str, str]] = {
     ),
     "preemption and recompute": (SAME, ""),
     "requests joining, finishing and aborted": (SAME, "no KV block is left in use"),
-    "prompts and outputs up to max_model_len": (
-        SAME,
-        "V1 drafts for no request in a step in which one is within K tokens of the end, with any draft model",
-    ),
+    "prompts and outputs up to max_model_len": (SAME, "the others of a batch draft on"),
     "positions beyond the draft's max_position_embeddings": (SAME, "drafts go on"),
     "stop strings and stop tokens": (SAME, ""),
     "end of sequence inside a draft": (SAME, ""),

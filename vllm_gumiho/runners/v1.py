@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config.vllm import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
@@ -17,9 +18,17 @@ class DraftProposer(EagleProposer):
     """What every drafter of ours does in V1: says what drafts and how, and finds greedy tokens by its own model.
 
     And gives the draft layers the token that follows a part of a prompt, where vLLM 0.32 gives the prompt's last one.
+    And drafts for a batch in which a request ends within a draft: the base class leaves out what is past its end.
     """
 
     _batch: Any = None
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any):
+        super().__init__(vllm_config, *args, **kwargs)
+        # The runner drafts for nobody in a step where a draft would pass this; the draft layers never read its tokens.
+        spec = vllm_config.speculative_config
+        if spec.max_model_len is None:
+            spec.draft_model_config.max_model_len = self.max_model_len + spec.num_speculative_tokens
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the drafter beside its target; says once what drafts and how."""
