@@ -240,6 +240,7 @@ HELD = {
     ("vllm.v1.worker.gpu.spec_decode.speculator", "DraftModelSpeculator"),
     ("vllm.v1.attention.backends.flash_attn", "FlashAttentionImpl"),
     ("vllm.v1.worker.gpu_input_batch", "InputBatch"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
 }
 # An alias of a module of Triton's.
 TRITONS = {("vllm.triton_utils", "tldevice")}
