@@ -10,6 +10,7 @@ from draft_check import Draft, Record, check
 from torch import Tensor
 
 from vllm_gumiho.drafters import DEFAULT
+from vllm_gumiho.gpu_check.record import watch_drafts
 
 
 def runner_of(llm: Any) -> Any:
@@ -141,15 +142,9 @@ def _hold_watermark(speculator: Any, row: int, record: Record, name: str, tokens
 def _by_scheduler(llm: Any, record: Record) -> None:
     """Workers elsewhere: what they hand to the scheduler of runner V1."""
     _keep_texts(llm, record)
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    update = scheduler.update_draft_token_ids
+    requests = llm.llm_engine.engine_core.engine_core.scheduler.requests
 
-    def recording(found: Any) -> None:
-        update(found)
-        for name, tokens in zip(found.req_ids, found.draft_token_ids, strict=True):
-            request = scheduler.requests.get(name)
-            if request is not None and request.spec_token_ids:
-                length = len(request.all_token_ids)
-                record.add(Draft(name, length, list(tokens), None, request.sampling_params.temperature))
+    def add(name: str, text: list[int], tokens: list[int], _row: int) -> None:
+        record.add(Draft(name, len(text), tokens, None, requests[name].sampling_params.temperature))
 
-    scheduler.update_draft_token_ids = recording
+    watch_drafts(llm, add)

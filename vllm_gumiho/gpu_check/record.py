@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+Add = Callable[[str, list[int], list[int], int], None]
 
 
 def record_drafts(llm: Any) -> list[tuple[list[int], list[int]]]:
     """A list that fills with the verified tokens of a request and what was drafted after them, one entry a draft."""
+    drafts: list[tuple[list[int], list[int]]] = []
+    watch_drafts(llm, lambda _request, text, tokens, _row: drafts.append((text, tokens)))
+    return drafts
+
+
+def watch_drafts(llm: Any, add: Add) -> None:
+    """Call ``add(request, text, tokens, row)`` for each draft: verified and drafted tokens, and the batch's row."""
     if llm.llm_engine.vllm_config.use_v2_model_runner:
-        return _record_speculator(llm.llm_engine.model_executor.driver_worker.worker.model_runner)
-    scheduler, drafts = llm.llm_engine.engine_core.engine_core.scheduler, []
+        _watch_speculator(llm.llm_engine.model_executor.driver_worker.worker.model_runner, add)
+    else:
+        _watch_scheduler(llm.llm_engine.engine_core.engine_core.scheduler, add)
+
+
+def _watch_scheduler(scheduler: Any, add: Add) -> None:
+    """Model runner V1 gives its draft tokens to the scheduler."""
     update = scheduler.update_draft_token_ids
 
     def recording(found: Any) -> None:
         update(found)
-        for name, tokens in zip(found.req_ids, found.draft_token_ids, strict=True):
+        for row, (name, tokens) in enumerate(zip(found.req_ids, found.draft_token_ids, strict=True)):
             request = scheduler.requests.get(name)
             if request is not None and request.spec_token_ids:
-                drafts.append((list(request.all_token_ids), list(tokens)))
+                add(name, list(request.all_token_ids), list(tokens), row)
 
     scheduler.update_draft_token_ids = recording
-    return drafts
 
 
-def _record_speculator(runner: Any) -> list[tuple[list[int], list[int]]]:
+def _watch_speculator(runner: Any, add: Add) -> None:
     """Model runner V2 keeps draft tokens from the scheduler: they are read where they are made."""
-    states, drafts, propose = runner.req_states, [], runner.speculator.propose
+    states, propose = runner.req_states, runner.speculator.propose
 
     def recording(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         found = propose(input_batch, *args, **kwargs)
@@ -33,8 +47,7 @@ def _record_speculator(runner: Any) -> list[tuple[list[int], list[int]]]:
         for row, slot in enumerate(input_batch.idx_mapping.tolist()):
             if num_sampled[row] > 0:  # else more of its prompt is to come
                 text = states.all_token_ids.gpu[slot, : int(states.total_len.gpu[slot])]
-                drafts.append((text.tolist(), found[row].tolist()))
+                add(input_batch.req_ids[row], text.tolist(), found[row].tolist(), row)
         return found
 
     runner.speculator.propose = recording
-    return drafts
