@@ -80,9 +80,9 @@ def _by_proposer(llm: Any, runner: Any, record: Record) -> None:
         at = [int(positions[end]) for end in last]
         found = propose(*args, **kwargs)
         spreads = drafter._last_draft_probs
-        for i, tokens in enumerate(found.tolist()):
+        for i, tokens in enumerate(found if isinstance(found, list) else found.tolist()):
             temperature = 0.0 if temperatures is None else float(temperatures[i])
-            spread = None if spreads is None else spreads[i].clone()
+            spread = None if spreads is None else spreads[i][: len(tokens)].clone()
             record.add(Draft(names[i], at[i] + 2, tokens, spread, temperature))
         return found
 

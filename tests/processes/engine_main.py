@@ -202,7 +202,15 @@ def accept_too_often() -> None:
     rejection_sampler.generate_uniform_probs = lambda *args, **kwargs: right(*args, **kwargs) * 0.75
 
 
+def send_for_what_was_drawn() -> None:
+    """Whether a drawn token is verified hangs on the token, which favours some over others."""
+    from vllm_gumiho.runners import v1
+
+    v1.chances_of_drawn = lambda probs, tokens, greedy: probs.gather(-1, tokens[:, None])[:, 0]
+
+
 PLANTS = {
+    "sent for what was drawn": send_for_what_was_drawn,
     "accepts too often": accept_too_often,
     "gpu-like": operators.turn_on,
     "adaptive": adaptive.turn_on,

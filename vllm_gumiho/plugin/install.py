@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from vllm_gumiho.drafters import DRAFTERS, drafter_of
+from vllm_gumiho.drafters import DRAFTERS, drafter_of, lacking_in_v2
 from vllm_gumiho.engines.facts import vllm_version
 from vllm_gumiho.plugin.arguments import patch_arguments
 from vllm_gumiho.plugin.hooks import check, mismatch_message
@@ -105,7 +105,6 @@ def _prefer_v1(module: Any) -> None:
 
     @functools.wraps(original)
     def unsupported(self: Any) -> list[str]:
-        drafter = drafter_of(self)
-        return [*original(self), *(drafter.lacking_in_v2(self) if drafter is not None else ())]
+        return [*original(self), *lacking_in_v2(self)]
 
     config._get_v2_model_runner_unsupported_features = unsupported

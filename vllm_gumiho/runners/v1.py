@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config.vllm import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import _SAMPLING_EPS
 from vllm.v1.spec_decode.eagle import EagleProposer
 
-from vllm_gumiho.runners import finish_loading, leave_single_launch
+from vllm_gumiho.runners import finish_loading, leave_single_launch, logger
+from vllm_gumiho.runners.draft_length import DraftLengths, chances_of_drawn, chances_of_greedy
 
 
 class DraftProposer(EagleProposer):
@@ -19,9 +22,11 @@ class DraftProposer(EagleProposer):
 
     And gives the draft layers the token that follows a part of a prompt, where vLLM 0.32 gives the prompt's last one.
     And drafts for a batch in which a request ends within a draft: the base class leaves out what is past its end.
+    And hands on as much of each draft as is worth verifying, where that is asked for.
     """
 
     _batch: Any = None
+    _unfinished_prompts = np.empty(0, dtype=np.int64)
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any):
         super().__init__(vllm_config, *args, **kwargs)
@@ -29,6 +34,13 @@ class DraftProposer(EagleProposer):
         spec = vllm_config.speculative_config
         if spec.max_model_len is None:
             spec.draft_model_config.max_model_len = self.max_model_len + spec.num_speculative_tokens
+        self._lengths = DraftLengths.asked_for(vllm_config)
+        if self._lengths is not None and vllm_config.scheduler_config.async_scheduling:
+            logger.warning(
+                "Gumiho: drafts keep their full length under async scheduling, which sets a step's rows before they "
+                "are drafted; --no-async-scheduling lets num_speculative_tokens_per_request work"
+            )
+            self._lengths = None
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the drafter beside its target; says once what drafts and how."""
@@ -48,15 +60,47 @@ class DraftProposer(EagleProposer):
     ) -> tuple[int, Tensor, CommonAttentionMetadata]:
         """As the base class; a request of which more is to be prefilled goes on with its own next token."""
         batch, self._batch = self._batch, None
+        self._unfinished_prompts = self._unfinished_prompts[:0]
         if batch is not None and cad.seq_lens_cpu_upper_bound is not None:
             ends = cad.seq_lens_cpu_upper_bound.numpy()  # exact for these requests
             (rows,) = (ends < batch.num_tokens_no_spec[: len(ends)]).nonzero()
+            self._unfinished_prompts = rows
             if len(rows):
                 following = torch.from_numpy(batch.token_ids_cpu[rows, ends[rows]]).to(next_token_ids)
                 # vLLM keeps its own for the next step's input.
                 next_token_ids = next_token_ids.clone()
                 next_token_ids[torch.from_numpy(rows).to(next_token_ids.device)] = following
         return super().set_inputs_first_pass(*args, next_token_ids=next_token_ids, cad=cad, **kwargs)
+
+    def _greedy_sample(self, hidden_states: Tensor) -> Tensor:
+        if self._lengths is None:
+            return super()._greedy_sample(hidden_states)
+        tokens, chances = chances_of_greedy(self.model.compute_logits(hidden_states))
+        self._lengths.add(chances)
+        return tokens
+
+    def _sample_draft_tokens(
+        self, hidden_states: Tensor, sampling_metadata: SamplingMetadata
+    ) -> tuple[Tensor, Tensor | None]:
+        tokens, probs = super()._sample_draft_tokens(hidden_states, sampling_metadata)
+        if self._lengths is not None and probs is not None:
+            greedy = sampling_metadata.temperature < _SAMPLING_EPS
+            greedy = greedy.repeat_interleave(tokens.numel() // greedy.numel())
+            self._lengths.add(chances_of_drawn(probs, tokens, greedy))
+        return tokens, probs
+
+    @torch.inference_mode()
+    def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Tensor | list[list[int]]:
+        """Draft token ids ``[B, K]`` int64 for K = num_speculative_tokens, or lists of what is sent of each draft."""
+        if self._lengths is None:
+            return self._draft(num_speculative_tokens, *args, **kwargs)
+        self._lengths.begin()
+        drafted = self._draft(num_speculative_tokens, *args, **kwargs)
+        return self._lengths.cut(drafted, self._unfinished_prompts)
+
+    def _draft(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Draft token ids ``[B, K]``; arguments as of the base class's `propose`."""
+        return super().propose(num_speculative_tokens, *args, **kwargs)
 
 
 class GumihoProposer(DraftProposer):
@@ -111,12 +155,10 @@ class GumihoProposer(DraftProposer):
         self._tokens.append(tokens)
         return tokens, probs
 
-    @torch.inference_mode()
-    def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Tensor:
-        """Draft token ids ``[B, K]``, int64, for K = num_speculative_tokens; arguments as in the base class."""
+    def _draft(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Tensor:
         self._hidden, self._tokens, self._fused = [], [], []
         leave_single_launch(self.model)
-        drafted = super().propose(min(num_speculative_tokens, self.num_serial_steps), *args, **kwargs)
+        drafted = super()._draft(min(num_speculative_tokens, self.num_serial_steps), *args, **kwargs)
         self.num_speculative_tokens = num_speculative_tokens
         num_heads = num_speculative_tokens - self.num_serial_steps
         if num_heads <= 0:
