@@ -56,6 +56,10 @@ FEATURES: dict[str, tuple[str, str]] = {
     "n > 1": (SAME, ""),
     "structured output: JSON schema, regex, grammar, choice": (SAME, "xgrammar"),
     "async scheduling": (SAME, "vLLM turns it off on a CPU: the test turns it on"),
+    "draft length by request": (
+        SAME,
+        "greedy and probabilistic drafts, and sampled tokens' joint distribution; full drafts under async scheduling",
+    ),
     "adaptive verification": (SAME, "vLLM's manager, with step times made up; on a GPU it wants full CUDA graphs"),
     "watermarked drafts": (SAME, "dual_key_gumbel with probabilistic drafts; greedy requests are not watermarked"),
     "tensor parallel": (

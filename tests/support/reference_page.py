@@ -44,6 +44,12 @@ KEYS = (
         READ,
         'K by batch size, a list of `[first, last, K]` with K from 0 to `num_speculative_tokens`. Not with `"auto"`.',
     ),
+    Key(
+        "num_speculative_tokens_per_request",
+        READ,
+        '`"confident"`: a draft ends where another token is not worth verifying. Or a number: what a row costs, as a '
+        "share of a step. Runner V1, without async scheduling.",
+    ),
     Key("revision", READ, "Branch, tag or commit of a checkpoint that is fetched from the hub."),
     Key(
         "draft_sample_method",

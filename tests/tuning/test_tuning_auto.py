@@ -13,6 +13,7 @@ from tiny import drafter_tensors, write_released
 from typer.testing import CliRunner
 
 from vllm_gumiho.cli import app
+from vllm_gumiho.drafters import PER_REQUEST
 from vllm_gumiho.errors import CheckpointError, EngineError, FigureError, StorageError, TuningError
 from vllm_gumiho.request import resolve
 from vllm_gumiho.tuning import auto, tasks, verify
@@ -80,23 +81,26 @@ def test_a_measuring_process_that_fails_is_a_warning_and_no_speculation(checkpoi
 
 
 @pytest.mark.parametrize(
-    ("share", "reason"),
+    ("share", "confident", "reason"),
     [
-        (1.3, "1.30x at 1, 1.30x at 2 measured"),
-        (0.9, "the best measured is 0.90x at 1"),
-        (None, "not be verified: why"),
+        (1.3, 1.2, "1.30x at 1, 1.30x at 2 measured"),
+        (1.3, 1.4, "drafts of a length by request: 1.40x at 1, 1.40x at 2 measured"),
+        (0.9, 1.1, "drafts of a length by request: 1.10x at 1, 1.10x at 2 measured"),
+        (0.9, 1.02, "the best measured is 0.90x at 1"),
+        (None, None, "not be verified: why"),
     ],
 )
-def test_auto_keeps_what_real_requests_bear_out(checkpoint, cache, monkeypatch, share, reason):
+def test_auto_keeps_what_real_requests_bear_out(checkpoint, cache, monkeypatch, share, confident, reason):
     """Measurements are planted: drafting pays by step times, and real requests run at ``share`` of no speculation."""
 
     def curve(settings, configs, plan, *rest):
-        assert list(configs) == ["off", "schedule"]
+        assert list(configs) == ["off", "schedule", "confident"]
+        assert configs["confident"] | {PER_REQUEST: None} == configs["schedule"] | {PER_REQUEST: None}
         if share is None:
             raise TuningError("why")
         return {
             name: {"1": [speed] * plan.rounds, "2": [speed] * plan.rounds}
-            for name, speed in (("off", 10.0), ("schedule", 10.0 * share))
+            for name, speed in (("off", 10.0), ("schedule", 10.0 * share), ("confident", 10.0 * confident))
         }
 
     monkeypatch.setattr(auto, "measure", lambda *given: measurement(one=(10.3, 12.0)))
@@ -104,8 +108,12 @@ def test_auto_keeps_what_real_requests_bear_out(checkpoint, cache, monkeypatch, 
     spec = settle(checkpoint)
     record = json.loads(next(cache.glob("*.json")).read_text())
     assert record["reason"].endswith(reason)
-    if share == 1.3:
+    by_request = reason.startswith("drafts")
+    assert record.get("per_request") == (record["row_cost"] if by_request else None)
+    if share == 1.3 or by_request:
         assert spec["num_speculative_tokens_per_batch_size"] == record["schedule"] == [[1, 2, 1], [3, 3, 0]]
+        applied = auto.apply(record, resolve(spec_for(checkpoint), target()), 1, 2)
+        assert applied.draft_config.get(PER_REQUEST) == record.get("per_request")
     else:
         assert (spec, record["schedule"], record["single"]) == (None, None, 0)
         assert record["withdrawn"] == [[1, 2, 1], [3, 3, 0]]

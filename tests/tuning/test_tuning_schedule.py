@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vllm_gumiho.errors import TuningError
 from vllm_gumiho.request.lengths import schedule_problem
 from vllm_gumiho.tuning.measure import costs_of, record_of
-from vllm_gumiho.tuning.schedule import Costs, choose, in_words, ranges
+from vllm_gumiho.tuning.schedule import Costs, choose, confident_schedule, in_words, ranges, row_cost
 from vllm_gumiho.tuning.settings import Plan
 from vllm_gumiho.tuning.verify import judged
 
@@ -179,6 +179,27 @@ def test_a_disturbed_off_time_cannot_turn_drafting_on():
 @pytest.mark.parametrize(("most", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
 def test_batch_sizes_double_up_to_the_largest(most, sizes):
     assert Plan(max_batch=most).batches == sizes
+
+
+@pytest.mark.parametrize(("row", "draft"), [(0.5, 1.0), (0.01, 4.0), (3.0, 0.0)])
+def test_what_a_row_costs_comes_from_steps_of_long_drafts(row, draft):
+    """20 ms a step, ``draft`` for drafting, ``row`` for each row: of drafts and, beyond the first, of requests."""
+    on = {k: {b: 20 + (draft if k else 0) + row * (b * (k + 1)) for b in SIZES} for k in range(6)}
+    found = row_cost(Costs(dict.fromkeys(SIZES, 20.0), on, [0.5] * 5))
+    assert found == pytest.approx(row / (20 + draft), abs=2e-4)
+
+
+def test_rows_that_cost_nothing_still_have_a_price():
+    on = {k: dict.fromkeys(SIZES, 20.0) for k in range(4)}
+    assert 0 < row_cost(Costs(dict.fromkeys(SIZES, 20.0), on, [0.5] * 3)) < 0.001
+
+
+def test_drafts_by_request_are_tried_where_one_token_gains():
+    dear = planted(verify=3.0, draft=0.5)
+    assert [dear.speed(1, size) > dear.speed(0, size) for size in SIZES] == [True, True, False, False]
+    assert confident_schedule(dear)[0] == [1, 2, 3]
+    assert confident_schedule(dear)[-1][-1] == 0
+    assert confident_schedule(planted(verify=20.0, draft=5.0)) is None
 
 
 def met(*speeds: float) -> dict:

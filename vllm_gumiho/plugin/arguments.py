@@ -52,6 +52,10 @@ def _create_speculative_config(original: Callable[..., Any], refusal: str | None
             for flag in _FLAGS:
                 setattr(self, flag, None)
             request = resolve(spec, target_model_config, target_parallel_config, str(self.load_format))
+            if request.is_confident:
+                from vllm_gumiho.tuning.auto import with_measured_row_cost
+
+                request = with_measured_row_cost(request, self, target_model_config)
             if request.is_auto:
                 from vllm_gumiho.tuning.auto import settle
 

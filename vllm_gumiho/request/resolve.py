@@ -18,7 +18,7 @@ from vllm_gumiho.errors import CheckpointError
 from vllm_gumiho.request.catalogue import check_named, checkpoint_for, local_path
 from vllm_gumiho.request.draft_config import derive_draft_config, publish
 from vllm_gumiho.request.lengths import AUTO, SCHEDULE, TOKENS, check_schedule, draft_length
-from vllm_gumiho.request.per_request import row_cost
+from vllm_gumiho.request.per_request import CONFIDENT, row_cost
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -56,6 +56,15 @@ class Request:
         """The same request with a draft length in place of "auto"."""
         lengths = {TOKENS: tokens} | ({} if schedule is None else {SCHEDULE: schedule})
         return replace(self, spec={**self.spec, **lengths})
+
+    @property
+    def is_confident(self) -> bool:
+        """Whether drafts end by request, by what a row costs on this machine."""
+        return self.spec.get(PER_REQUEST) == CONFIDENT
+
+    def with_row_cost(self, cost: float) -> Request:
+        """The same request with drafts that end where another row is not worth its cost."""
+        return replace(self, draft_config={**self.draft_config, PER_REQUEST: cost})
 
     def for_vllm(self) -> dict[str, Any]:
         """vLLM's speculative config.  Raises: CheckpointError where the draft's config.json can be put nowhere."""

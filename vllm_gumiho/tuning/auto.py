@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
+from vllm_gumiho.drafters import PER_REQUEST
 from vllm_gumiho.env import SCHEDULE
 from vllm_gumiho.errors import EngineError, StorageError, TuningError
 from vllm_gumiho.request.resolve import Request
@@ -76,7 +77,17 @@ def apply(record: dict[str, Any], request: Request, data_parallel: int, max_num_
         )
         return None
     logger.info("Gumiho: schedule by measurement on this machine: %s (%s)", in_words(schedule), record["reason"])
-    return request.with_lengths(max(length for *_, length in schedule), schedule)
+    chosen = request.with_lengths(max(length for *_, length in schedule), schedule)
+    return chosen if record.get("per_request") is None else chosen.with_row_cost(record["per_request"])
+
+
+def with_measured_row_cost(request: Request, engine: EngineArgs, target: ModelConfig) -> Request:
+    """A request for drafts of a length by request, with what a row costs on this machine where that was measured."""
+    record = storage.load(storage.identity(request, engine, target))
+    if record is None or record.get("row_cost") is None:
+        return request
+    logger.info("Gumiho: a row of a step costs %.4f of it, by measurement on this machine", record["row_cost"])
+    return request.with_row_cost(record["row_cost"])
 
 
 def stored_or_measured(request: Request, engine: EngineArgs, target: ModelConfig) -> dict[str, Any]:
@@ -125,6 +136,7 @@ def measured_record(
     Raises: TuningError, EngineError.
     """
     passed = {name: value for name, value in request.spec.items() if value is not None and is_json(value)}
+    passed.pop(PER_REQUEST, None)
     speculative = passed | {"method": request.drafter.name, "model": request.where}
     mode = mode_for(target.model, bool(engine.enforce_eager))
     settings = engine_settings(engine, target, plan.max_batch)

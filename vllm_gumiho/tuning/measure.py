@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_gumiho.errors import TuningError
 from vllm_gumiho.request.lengths import SCHEDULE, TOKENS
 from vllm_gumiho.tuning.engine import MeasuringEngine
-from vllm_gumiho.tuning.schedule import Costs, choose
+from vllm_gumiho.tuning.schedule import Costs, choose, row_cost
 from vllm_gumiho.tuning.settings import Plan
 from vllm_gumiho.tuning.storage import FORMAT
 from vllm_gumiho.tuning.theory import conditional
@@ -168,6 +168,7 @@ def record_of(key: dict[str, Any], measurement: dict[str, Any], most: int, plan:
         "margin": plan.margin,
         "max_loss": plan.max_loss,
         "acceptance": [round(p, 4) for p in costs.acceptance],
+        "row_cost": round(row_cost(costs), 6),
         "expected": expected,
         "measurement": measurement,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from vllm_gumiho.tuning.theory import expected_accepted
 
 MARGIN = 0.05
 MAX_LOSS = 0.05
+# Least share that a row is taken to cost: a draft whose chance is nothing is not sent.
+LEAST_ROW_COST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,27 @@ def ranges(lengths: Sequence[int]) -> list[list[int]]:
         else:
             found.append([size, size, length])
     return found
+
+
+def row_cost(costs: Costs) -> float:
+    """What one more row of a step takes, as a share of a step without any: the line through steps of long drafts.
+
+    Drafts of three tokens and more cost the same whatever K is, but for their rows: heads go all at once.
+    """
+    cells = [
+        (size * (length + 1), ms) for length, row in costs.on.items() if length >= min(3, max(costs.on))
+        for size, ms in row.items()
+    ]  # fmt: skip
+    rows, times = zip(*cells, strict=True)
+    slope, start = statistics.linear_regression(rows, times) if len(set(rows)) > 1 else (0.0, times[0])
+    return max(slope, 0.0) / start + LEAST_ROW_COST if start > 0 else 1.0
+
+
+def confident_schedule(costs: Costs) -> list[list[int]] | None:
+    """Where drafts of a length by request may pay: the longest at every size at which one token gains over none."""
+    most = max(costs.on)
+    lengths = [most if costs.speed(1, n) > costs.speed(0, n) else 0 for n in range(1, costs.sizes[-1] + 1)]
+    return ranges(lengths) if any(lengths) else None
 
 
 def in_words(schedule: Sequence[Sequence[int]]) -> str:

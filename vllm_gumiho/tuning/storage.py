@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_gumiho.drafters import PER_REQUEST
 from vllm_gumiho.engines.facts import cores, processor, vllm_version
 from vllm_gumiho.env import CACHE_ROOT, SCHEDULE, V2_RUNNER, cache_folder
 from vllm_gumiho.errors import StorageError, TuningError
@@ -65,7 +67,7 @@ def identity(request: Request, engine: EngineArgs, target: ModelConfig) -> dict[
     }
 
 
-_CHOSEN = ("method", "model", lengths.TOKENS, lengths.SCHEDULE, "revision")
+_CHOSEN = ("method", "model", lengths.TOKENS, lengths.SCHEDULE, PER_REQUEST, "revision")
 
 
 def path_of(key: dict[str, Any]) -> Path:
@@ -140,6 +142,10 @@ def checked(record: Any) -> dict[str, Any]:
     problem = None if schedule is None else lengths.schedule_problem(schedule, most)
     if problem is not None:
         raise TuningError(f"schedule {schedule!r}: {problem}")
+    for name in ("row_cost", "per_request"):
+        value = record.get(name)
+        if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise TuningError(f"{name} {value!r}: not the share of a step that a row costs")
     if not isinstance(record.get("reason"), str) or not isinstance(record.get("above"), (str, type(None))):
         raise TuningError("no reason, or one that is not text")
     return record

@@ -7,11 +7,13 @@ import statistics
 import time
 from typing import Any
 
+from vllm_gumiho.drafters import PER_REQUEST
 from vllm_gumiho.errors import EngineError, TuningError
 from vllm_gumiho.request.lengths import SCHEDULE, TOKENS
+from vllm_gumiho.request.per_request import CONFIDENT
 from vllm_gumiho.tuning.engine import MeasuringEngine
-from vllm_gumiho.tuning.measure import TOGETHER, Note
-from vllm_gumiho.tuning.schedule import gains_in_words, refusal
+from vllm_gumiho.tuning.measure import TOGETHER, Note, costs_of
+from vllm_gumiho.tuning.schedule import confident_schedule, gains_in_words, refusal
 from vllm_gumiho.tuning.settings import Plan
 
 WARM_TOKENS = 2
@@ -34,30 +36,50 @@ def verified(
         configs[f"K={most}"] = {**speculative, TOKENS: most}
     if schedule is not None:
         configs["schedule"] = {**speculative, TOKENS: max(length for *_, length in schedule), SCHEDULE: schedule}
+    costs = costs_of(record["measurement"])
+    confident = confident_schedule(costs) if record["measurement"]["runner"] == "V1" else None
+    if confident is not None:
+        lengths = {TOKENS: max(length for *_, length in confident), SCHEDULE: confident}
+        configs[CONFIDENT] = {**speculative, **lengths, PER_REQUEST: record["row_cost"]}
     if len(configs) == 1:
         return record
     try:
         curve = measure_curve(settings, configs, plan, mode, note, plan.limit_s - record["measurement"]["seconds"])
     except (TuningError, EngineError) as error:
         return _withdrawn(record, f"it could not be verified: {error}")
-    return judged(record, curve, plan)
+    return judged(record, curve, plan, confident)
 
 
-def judged(record: dict[str, Any], curve: Curve, plan: Plan) -> dict[str, Any]:
+def judged(
+    record: dict[str, Any], curve: Curve, plan: Plan, confident: list[list[int]] | None = None
+) -> dict[str, Any]:
     """The record after its schedule met real requests: ``curve`` is kept as ``verified``.
+
+    confident: schedule of drafts whose length goes by request; it is taken, as ``per_request``, where it gains
+    ``plan.margin`` at some concurrency, loses no more than ``plan.max_loss`` at any, and is faster on average than what
+    is left.
 
     A schedule that loses more than ``plan.max_loss`` at some concurrency, or is slower on average, is taken back: the
     record then says no speculation and why, and keeps it as ``withdrawn``.  Its single K goes too, which the same
     expectations chose.
     """
     record = {**record, "verified": curve}
-    if record["schedule"] is None:
+    best = 1.0
+    if record["schedule"] is not None:
+        gains = gains_of(curve, "schedule")
+        refused = refusal(gains, 0.0, plan.max_loss, "measured")
+        if refused is not None:
+            record = _withdrawn(record, refused)
+        else:
+            record = record | {"reason": f"{record['reason']}; {gains_in_words(gains)} measured"}
+            best = statistics.geometric_mean(gains.values())
+    if confident is None or CONFIDENT not in curve:
         return record
-    gains = gains_of(curve, "schedule")
-    refused = refusal(gains, 0.0, plan.max_loss, "measured")
-    if refused is not None:
-        return _withdrawn(record, refused)
-    return record | {"reason": f"{record['reason']}; {gains_in_words(gains)} measured"}
+    gains = gains_of(curve, CONFIDENT)
+    if refusal(gains, plan.margin, plan.max_loss) or statistics.geometric_mean(gains.values()) <= best:
+        return record
+    reason = f"drafts of a length by request: {gains_in_words(gains)} measured"
+    return record | {"schedule": confident, "per_request": record["row_cost"], "reason": reason, "above": None}
 
 
 def _withdrawn(record: dict[str, Any], why: str) -> dict[str, Any]:
