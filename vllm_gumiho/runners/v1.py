@@ -13,7 +13,8 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import _SAMPLING_EPS
 from vllm.v1.spec_decode.eagle import EagleProposer
 
-from vllm_gumiho.runners import finish_loading, leave_single_launch, logger
+from vllm_gumiho.errors import DraftModelError
+from vllm_gumiho.runners import finish_loading, leave_single_launch, logger, wants_same_seeded_text
 from vllm_gumiho.runners.draft_length import DraftLengths, chances_of_drawn, chances_of_greedy
 
 
@@ -29,6 +30,11 @@ class DraftProposer(EagleProposer):
     _unfinished_prompts = np.empty(0, dtype=np.int64)
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any):
+        if wants_same_seeded_text(vllm_config):
+            raise DraftModelError(
+                'seeded_text "same" needs model runner V2, as the noise of V1 is not keyed by position; set '
+                "VLLM_USE_V2_MODEL_RUNNER=1, or leave seeded_text out"
+            )
         super().__init__(vllm_config, *args, **kwargs)
         # The runner drafts for nobody in a step where a draft would pass this; the draft layers never read its tokens.
         spec = vllm_config.speculative_config
