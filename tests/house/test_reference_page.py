@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import sys
 
 import pytest
 from places import ROOT
 from reference_page import FLAGS, KEYS, PAGE, PASSED, commands, old_names, page
+
+from vllm_gumiho.drafters import PER_REQUEST, SEEDED_TEXT
 
 REQUEST = ROOT / "vllm_gumiho" / "request"
 
@@ -15,10 +18,11 @@ def test_the_page_is_the_one_the_code_makes():
     assert PAGE.read_text() == page(), "write it again: python tests/support/reference_page.py"
 
 
-def test_every_key_is_one_of_vllms_speculative_config():
+def test_every_key_but_our_own_is_one_of_vllms_speculative_config():
     from vllm.config import SpeculativeConfig
 
-    assert [key.name for key in KEYS if key.name not in SpeculativeConfig.__dataclass_fields__] == []
+    own = {key.name for key in KEYS if key.name not in SpeculativeConfig.__dataclass_fields__}
+    assert own == {PER_REQUEST, SEEDED_TEXT}
 
 
 def test_every_key_that_a_request_is_asked_for_is_on_the_page():
@@ -32,14 +36,15 @@ def test_every_key_that_a_request_is_asked_for_is_on_the_page():
 
 
 def _keys_read(tree: ast.AST) -> list[str]:
-    """Keys in ``spec.get(key)`` and ``self.spec.get(key)``; a name stands for a constant of `request.lengths`."""
-    from vllm_gumiho.request import lengths
+    """Keys in ``spec.get(key)`` and ``self.spec.get(key)``; a name stands for a constant of theirs."""
+    from vllm_gumiho.request.resolve import Request
 
+    constants = sys.modules[Request.__module__]
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("spec.get", "self.spec.get"):
             key = node.args[0]
-            found.append(getattr(lengths, key.id) if isinstance(key, ast.Name) else ast.literal_eval(key))
+            found.append(getattr(constants, key.id) if isinstance(key, ast.Name) else ast.literal_eval(key))
     return found
 
 

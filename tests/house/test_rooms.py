@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "kernels": "",
     "checkpoint": "errors files",
     "drafters": "checkpoint env errors files kernels runners",
-    "runners": "drafters",
+    "runners": "drafters errors",
     "engines": "env errors files",
     "request": "drafters env errors files",
     "tuning": "engines env errors figures files options request",

@@ -141,7 +141,7 @@ def original(self, target, parallel):
 @pytest.fixture
 def rewriting(monkeypatch):
     asked = []
-    made = SimpleNamespace(is_auto=False, for_vllm=lambda: {"method": "eagle", "model": "/made"})
+    made = SimpleNamespace(is_auto=False, is_confident=False, for_vllm=lambda: {"method": "eagle", "model": "/made"})
     monkeypatch.setattr(request, "resolve", lambda *args: asked.append(args) or made)
     return asked
 
@@ -241,6 +241,7 @@ HELD = {
     ("vllm.v1.attention.backends.flash_attn", "FlashAttentionImpl"),
     ("vllm.v1.worker.gpu_input_batch", "InputBatch"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
+    ("vllm.v1.worker.gpu.sample.sampler", "Sampler"),
 }
 # An alias of a module of Triton's.
 TRITONS = {("vllm.triton_utils", "tldevice")}

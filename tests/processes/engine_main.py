@@ -20,6 +20,7 @@ from typing import Any
 
 import draft_records
 import moa_faults
+import walk_faults
 from config_main import watch_network
 from gpu_like import adaptive, operators, replay, sleep, traced
 from recording import record_drafts
@@ -41,6 +42,17 @@ def prepare(runner: str) -> None:
         from vllm_gumiho.engines import interpreter
 
         interpreter.prepare()
+        mask_by_torch()
+
+
+def mask_by_torch() -> None:
+    """Top-k and top-p by their torch form, which the CPU build takes: their kernel does not run in the interpreter."""
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    def mask(logits: Any, k: Any, p: Any, **rest: Any) -> Any:
+        return topk_topp_sampler.apply_top_k_top_p_pytorch(logits, k, p)
+
+    topk_topp_sampler.apply_top_k_top_p = mask
 
 
 def counters(llm: Any) -> dict[str, float]:
@@ -215,6 +227,7 @@ PLANTS = {
     "gpu-like": operators.turn_on,
     "adaptive": adaptive.turn_on,
     **moa_faults.FAULTS,
+    **walk_faults.FAULTS,
 }
 
 

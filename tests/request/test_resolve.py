@@ -20,6 +20,7 @@ from vllm_gumiho.env import CHECKPOINTS
 from vllm_gumiho.errors import CheckpointError
 from vllm_gumiho.request import asks_for_ours
 from vllm_gumiho.request.draft_config import derive_draft_config
+from vllm_gumiho.runners import wants_same_seeded_text
 
 
 @pytest.fixture
@@ -177,12 +178,29 @@ def test_the_checkpoints_own_layer_config_comes_before_the_targets(tmp_path, cac
         ({"method": "ngram", "model": "gumiho"}, 1, "goes with method 'gumiho', not 'ngram'"),
         ({"method": "gumiho", "model": 3}, 1, "speculative model 3 is not a path"),
         ({"method": "gumiho", "model": "/nowhere"}, 1, "/nowhere: no such file or folder"),
+        ({"seeded_text": True}, 1, 'seeded_text is True, expected "same"; or leave it out'),
+        ({"seeded_text": "same", "draft_sample_method": "probabilistic"}, 1, "draft_sample_method 'probabilistic'"),
+        ({"seeded_text": "same", "rejection_sample_method": "block"}, 1, "rejection_sample_method 'block'"),
     ],
 )  # fmt: skip
 def test_what_gumiho_cannot_do_is_refused(spec, parallel, said, checkpoint, cache):
     with pytest.raises(CheckpointError, match=said):
         rewritten({"model": checkpoint} | spec, parallel=SimpleNamespace(pipeline_parallel_size=parallel))
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("given", [{"seeded_text": "same"}, {"seeded_text": None}, {}])
+def test_the_wish_for_the_same_seeded_text_goes_with_the_drafts_config(given, checkpoint, cache):
+    """vLLM's own config has no such key."""
+    greedy = {"draft_sample_method": "greedy", "rejection_sample_method": "standard"}
+    result = rewritten({"model": checkpoint} | greedy | given)
+    assert "seeded_text" not in result
+    config, layer = draft_config(result), {}
+    assert config.get("seeded_text") == given.get("seeded_text")
+    update_draft_config(DEFAULT, config, layer)
+    speculative = SimpleNamespace(draft_model_config=SimpleNamespace(hf_config=SimpleNamespace(**layer)))
+    wanted = wants_same_seeded_text(SimpleNamespace(speculative_config=speculative))
+    assert wanted == (given.get("seeded_text") == "same")
 
 
 def test_the_draft_config_is_published_under_its_content(checkpoint, cache):

@@ -14,6 +14,9 @@ from engines import pair, run, step
 pytestmark = pytest.mark.engine
 V2_DRAWS = 800
 METHODS = ("greedy", "probabilistic")
+V2_METHODS = {method: {"draft_sample_method": method} for method in METHODS}
+V2_METHODS["sample and walk"] = {"seeded_text": "same"}
+WALK_FAULTS = ("walks too far", "repeats noise")
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +49,17 @@ def drawn(tmp_path_factory, target, draws):
     return run(folder, cases)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=V2_METHODS)
 def drawn_by_v2(tmp_path_factory, target, request):
     folder = tmp_path_factory.mktemp("v2")
     checkpoint = predictable.write_checkpoint(folder / "gumiho", VOCAB)
-    speculative = {"num_speculative_tokens": 3, "draft_sample_method": request.param}
+    speculative = {"num_speculative_tokens": 3} | V2_METHODS[request.param]
     settings = {"max_num_seqs": 100, "seed": 17, "max_num_batched_tokens": 4096, "speculative": speculative}
     cases = pair(target, checkpoint, steps(("T=1",), V2_DRAWS), **settings)
-    return run(folder, {"on": cases["on"]}, runner="v2")
+    cases = {"on": cases["on"]}
+    if request.param == "sample and walk":
+        cases |= {fault: cases["on"] | {"plant": fault} for fault in WALK_FAULTS}
+    return run(folder, cases, runner="v2")
 
 
 @pytest.mark.feature("sampling: temperature, top-p, top-k; greedy and probabilistic drafts", "V1")
@@ -80,6 +86,11 @@ def test_sampled_tokens_of_v2_have_the_targets_joint_distribution(drawn_by_v2, t
     assert g_test(joint(tokens, LENGTH - 2, LENGTH), probs.sum((0, 1)).flatten()) < LIMIT
     wrong = exact(target, temperature=0.7)
     assert g_test(joint(tokens, 0, 2), wrong.sum((2, 3)).flatten()) > LIMIT, "too few draws to see a wrong temperature"
+    for fault in drawn_by_v2.keys() - {"on"}:
+        tokens = drawn_tokens(drawn_by_v2, fault, "T=1")
+        first = g_test(joint(tokens, 0, 2), exact(target).sum((2, 3)).flatten())
+        last = g_test(joint(tokens, LENGTH - 2, LENGTH), exact(target).sum((0, 1)).flatten())
+        assert max(first, last) > 2 * LIMIT, fault
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -93,7 +93,10 @@ def _vllm(words: list[str]) -> None:
     if args.speculative_config is not None:
         from vllm.config import SpeculativeConfig
 
-        unknown = set(args.speculative_config) - set(SpeculativeConfig.__dataclass_fields__)
+        from vllm_gumiho.drafters import PER_REQUEST, SEEDED_TEXT
+
+        ours = {PER_REQUEST, SEEDED_TEXT}
+        unknown = set(args.speculative_config) - set(SpeculativeConfig.__dataclass_fields__) - ours
         assert not unknown, f"no such fields of a speculative config: {unknown}"
 
 

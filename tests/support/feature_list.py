@@ -50,8 +50,9 @@ FEATURES: dict[str, tuple[str, str]] = {
     "custom logits processors": (LIKE_EAGLE, "by vLLM, with any speculation"),
     "per-request seeds": (
         "repeatable",
-        "not the draws of speculation off, and others again where a step's token budget cuts drafts short; the CPU "
-        "build fails with a seeded prompt in chunks, with or without Gumiho",
+        'V2 with `"seeded_text": "same"`: the tokens of speculation off, as far as tested; by default other draws, '
+        "and others again where a step's token budget cuts drafts short; V1 has the default alone, and the CPU build "
+        "fails there with a seeded prompt in chunks, with or without Gumiho",
     ),
     "n > 1": (SAME, ""),
     "structured output: JSON schema, regex, grammar, choice": (SAME, "xgrammar"),

@@ -56,10 +56,20 @@ KEYS = (
         READ,
         '`"greedy"` (default) or `"probabilistic"`. With greedy drafts the Triton kernels are on by default on a GPU.',
     ),
+    Key(
+        "seeded_text",
+        READ,
+        '`"same"`: a request with a seed gives the text that it gives without speculation, by [sample and '
+        "walk](seeded-text.md), in model runner V2 with greedy drafts. Default: vLLM's own draws.",
+    ),
     Key("draft_load_config", REFUSED, "Gumiho reads its checkpoints itself."),
     Key("parallel_drafting", REFUSED, "Gumiho's heads already draft in parallel."),
     Key("draft_tensor_parallel_size", PASSED, "Ranks of the draft: 1, or as many as the target has."),
-    Key("rejection_sample_method", PASSED, "How drafts are verified. The benchmark of shapes sets `synthetic`."),
+    Key(
+        "rejection_sample_method",
+        READ,
+        "How vLLM verifies drafts; `standard` alone goes with `seeded_text`. The benchmark of shapes sets `synthetic`.",
+    ),
     Key("synthetic_acceptance_rates", PASSED, "Assumed acceptance by position, for `synthetic`."),
 )
 

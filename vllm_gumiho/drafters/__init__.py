@@ -11,13 +11,17 @@ from vllm_gumiho.drafters.gumiho import GUMIHO
 from vllm_gumiho.drafters.moa import MOA
 from vllm_gumiho.drafters.protocol import Drafter, Sizes
 
-__all__ = ["DEFAULT", "DRAFTERS", "PER_REQUEST", "TRAINABLE", "Drafter", "Sizes", "drafter_of", "lacking_in_v2"]
+__all__ = [
+    "DEFAULT", "DRAFTERS", "PER_REQUEST", "SAME", "SEEDED_TEXT", "TRAINABLE", "Drafter", "Sizes", "drafter_of",
+    "lacking_in_v2",
+]  # fmt: skip
 
 DRAFTERS: dict[str, Drafter] = {GUMIHO.name: GUMIHO, MOA.name: MOA}
 DEFAULT = GUMIHO
 
-# A key of the speculative config, and of the draft's config.json, by which it reaches the model runner.
+# Keys of the speculative config, and of the draft's config.json, by which they reach the model runner.
 PER_REQUEST = "num_speculative_tokens_per_request"
+SEEDED_TEXT, SAME = "seeded_text", "same"
 
 # Trained here: our drafters, and those that vLLM serves itself, for comparison.
 TRAINABLE = {name: drafter.trainable for name, drafter in DRAFTERS.items()}

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from vllm_gumiho.drafters import DRAFTERS, PER_REQUEST, Drafter, Sizes
+from vllm_gumiho.drafters import DRAFTERS, PER_REQUEST, SEEDED_TEXT, Drafter, Sizes
 from vllm_gumiho.errors import CheckpointError
 
 TYPE_KEY = "speculators_model_type"
@@ -89,7 +89,7 @@ def update_draft_config(drafter: Drafter, config_dict: dict[str, Any], pre_train
         pre_trained_config[key] = config_dict[key]
     pre_trained_config["architectures"] = [drafter.architecture]
     pre_trained_config["gumiho_checkpoint"] = config_dict.get("gumiho_checkpoint")
-    pre_trained_config[PER_REQUEST] = config_dict.get(PER_REQUEST)
+    pre_trained_config.update({key: config_dict[key] for key in (PER_REQUEST, SEEDED_TEXT) if key in config_dict})
 
 
 def check_config(file: Path, config: dict[str, Any]) -> None:

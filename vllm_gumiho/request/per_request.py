@@ -8,6 +8,8 @@ from typing import Any
 from vllm_gumiho.drafters import PER_REQUEST
 from vllm_gumiho.errors import CheckpointError
 
+__all__ = ["CONFIDENT", "PER_REQUEST", "row_cost"]
+
 CONFIDENT = "confident"
 # What one more row of the target's pass takes, as a share of a pass without any.  Measured on two CPU cores for a
 # target of 135 M weights; on a GPU a pass reads weights until some 300 rows are under way.

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_gumiho.drafters import DRAFTERS, PER_REQUEST, Drafter
+from vllm_gumiho.drafters import DRAFTERS, PER_REQUEST, SEEDED_TEXT, Drafter
 from vllm_gumiho.drafters.checkpoints import LOAD_FORMAT, Checkpoint, drafter_in, open_checkpoint
 from vllm_gumiho.errors import CheckpointError
 from vllm_gumiho.request.catalogue import check_named, checkpoint_for, local_path
 from vllm_gumiho.request.draft_config import derive_draft_config, publish
 from vllm_gumiho.request.lengths import AUTO, SCHEDULE, TOKENS, check_schedule, draft_length
 from vllm_gumiho.request.per_request import CONFIDENT, row_cost
+from vllm_gumiho.request.seeded_text import seeded_text
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -69,7 +70,7 @@ class Request:
     def for_vllm(self) -> dict[str, Any]:
         """vLLM's speculative config.  Raises: CheckpointError where the draft's config.json can be put nowhere."""
         tokens = draft_length(self.spec.get(TOKENS), self.checkpoint)
-        spec = {key: value for key, value in self.spec.items() if key not in ("revision", PER_REQUEST)}
+        spec = {key: value for key, value in self.spec.items() if key not in ("revision", PER_REQUEST, SEEDED_TEXT)}
         spec |= {"method": self.drafter.vllm_method, "model": str(publish(self.draft_config)), TOKENS: tokens}
         if self.load_format != DUMMY:
             from vllm.config import LoadConfig
@@ -114,9 +115,8 @@ def resolve(
     _check_features(spec, parallel)
     _check_lengths(spec, checkpoint)
     draft_config = derive_draft_config(checkpoint, target, parallel)
-    cost = row_cost(spec.get(PER_REQUEST))
-    if cost is not None:
-        draft_config[PER_REQUEST] = cost
+    for_runner = {PER_REQUEST: row_cost(spec.get(PER_REQUEST)), SEEDED_TEXT: seeded_text(spec)}
+    draft_config |= {key: value for key, value in for_runner.items() if value is not None}
     if spec.get("draft_load_config") is not None:
         raise CheckpointError("draft_load_config is not for Gumiho, which reads its checkpoints itself; leave it out")
     if load_format != DUMMY:

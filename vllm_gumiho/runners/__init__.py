@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from vllm_gumiho.drafters import drafter_of
+from vllm_gumiho.drafters import SAME, SEEDED_TEXT, drafter_of
 
 logger = logging.getLogger("vllm.vllm_gumiho")
 
@@ -22,6 +22,11 @@ def finish_loading(model: Any, vllm_config: Any, runner: str) -> None:
         runner,
         model.finish_loading(),
     )
+
+
+def wants_same_seeded_text(vllm_config: Any) -> bool:
+    """Whether seeded requests are to give the text that they give without speculation; the draft's config says so."""
+    return getattr(vllm_config.speculative_config.draft_model_config.hf_config, SEEDED_TEXT, None) == SAME
 
 
 def leave_single_launch(model: Any) -> bool:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from vllm.config.vllm import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.sample.sampler import _SAMPLING_EPS
 from vllm.v1.spec_decode.eagle import EagleProposer
 
-from vllm_gumiho.runners import finish_loading, leave_single_launch, logger
+from vllm_gumiho.errors import DraftModelError
+from vllm_gumiho.runners import finish_loading, leave_single_launch, logger, wants_same_seeded_text
 from vllm_gumiho.runners.draft_length import DraftLengths, chances_of_drawn, chances_of_greedy
 
 
@@ -26,9 +26,14 @@ class DraftProposer(EagleProposer):
     """
 
     _batch: Any = None
-    _unfinished_prompts = np.empty(0, dtype=np.int64)
+    _unfinished_prompts: np.ndarray = np.empty(0, dtype=np.int64)
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any):
+        if wants_same_seeded_text(vllm_config):
+            raise DraftModelError(
+                'seeded_text "same" needs model runner V2, as the noise of V1 is not keyed by position; set '
+                "VLLM_USE_V2_MODEL_RUNNER=1, or leave seeded_text out"
+            )
         super().__init__(vllm_config, *args, **kwargs)
         # The runner drafts for nobody in a step where a draft would pass this; the draft layers never read its tokens.
         spec = vllm_config.speculative_config
@@ -84,7 +89,7 @@ class DraftProposer(EagleProposer):
     ) -> tuple[Tensor, Tensor | None]:
         tokens, probs = super()._sample_draft_tokens(hidden_states, sampling_metadata)
         if self._lengths is not None and probs is not None:
-            greedy = sampling_metadata.temperature < _SAMPLING_EPS
+            greedy = sampling_metadata.temperature == 0
             greedy = greedy.repeat_interleave(tokens.numel() // greedy.numel())
             self._lengths.add(chances_of_drawn(probs, tokens, greedy))
         return tokens, probs
@@ -100,6 +105,10 @@ class DraftProposer(EagleProposer):
 
     def _draft(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Tensor:
         """Draft token ids ``[B, K]``; arguments as of the base class's `propose`."""
+        return self._serial_draft(num_speculative_tokens, *args, **kwargs)
+
+    def _serial_draft(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Tensor:
+        """A pass a token."""
         return super().propose(num_speculative_tokens, *args, **kwargs)
 
 
@@ -158,7 +167,7 @@ class GumihoProposer(DraftProposer):
     def _draft(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Tensor:
         self._hidden, self._tokens, self._fused = [], [], []
         leave_single_launch(self.model)
-        drafted = super()._draft(min(num_speculative_tokens, self.num_serial_steps), *args, **kwargs)
+        drafted = self._serial_draft(min(num_speculative_tokens, self.num_serial_steps), *args, **kwargs)
         self.num_speculative_tokens = num_speculative_tokens
         num_heads = num_speculative_tokens - self.num_serial_steps
         if num_heads <= 0:

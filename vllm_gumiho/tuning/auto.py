@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from vllm_gumiho.drafters import PER_REQUEST
 from vllm_gumiho.env import SCHEDULE
 from vllm_gumiho.errors import EngineError, StorageError, TuningError
+from vllm_gumiho.request.per_request import PER_REQUEST
 from vllm_gumiho.request.resolve import Request
 from vllm_gumiho.tuning import storage
 from vllm_gumiho.tuning.measure import Note, engine_settings, is_json, measure, mode_for, record_of

@@ -10,12 +10,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_gumiho.drafters import PER_REQUEST
 from vllm_gumiho.engines.facts import cores, processor, vllm_version
 from vllm_gumiho.env import CACHE_ROOT, SCHEDULE, V2_RUNNER, cache_folder
 from vllm_gumiho.errors import StorageError, TuningError
 from vllm_gumiho.files import digest_of, write_json
 from vllm_gumiho.request import lengths
+from vllm_gumiho.request.per_request import PER_REQUEST
 from vllm_gumiho.request.resolve import Request
 
 if TYPE_CHECKING:

@@ -7,10 +7,9 @@ import statistics
 import time
 from typing import Any
 
-from vllm_gumiho.drafters import PER_REQUEST
 from vllm_gumiho.errors import EngineError, TuningError
 from vllm_gumiho.request.lengths import SCHEDULE, TOKENS
-from vllm_gumiho.request.per_request import CONFIDENT
+from vllm_gumiho.request.per_request import CONFIDENT, PER_REQUEST
 from vllm_gumiho.tuning.engine import MeasuringEngine
 from vllm_gumiho.tuning.measure import TOGETHER, Note, costs_of
 from vllm_gumiho.tuning.schedule import confident_schedule, gains_in_words, refusal
