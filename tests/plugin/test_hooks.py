@@ -233,7 +233,8 @@ def test_the_class_is_chosen_by_the_draft_and_isinstance_holds(ours, monkeypatch
 TOOLS = {"benchmark", "demo", "engines", "evaluation", "training", "tuning"}
 # What vLLM documents for everyone, and modules, of which the table has what is used.
 PUBLIC = {("vllm", "LLM"), ("vllm", "SamplingParams"), ("vllm.sampling_params", "RequestOutputKind")}
-# Named nowhere: an LM head has one, which is read; a runner's class is a subclass, and has a manager of its graphs.
+# Named nowhere: an LM head or a verification has one, which is read; a runner's class is a subclass, and has a manager
+# of its graphs.
 HELD = {
     ("vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager"),
     ("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbeddingShardIndices"),
