@@ -31,6 +31,7 @@ from vllm_gumiho.training.recipes import kind_of, new_drafter, objective_of
 from vllm_gumiho.training.speed import SpeedMeter, training_flops
 from vllm_gumiho.training.start import start
 from vllm_gumiho.training.target import open_target
+from vllm_gumiho.training.target_model import refuse_placeholders
 
 
 class DrafterTrainer(Trainer):
@@ -162,6 +163,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     target.to(arguments.device)
     text_config = target.model.config.get_text_config()
     samples = read_samples(map(Path, recipe.data), text_config.vocab_size)
+    refuse_placeholders(samples, target.model.config, recipe.target)
     if recipe.evaluation_prompts:
         refuse_evaluation_prompts(samples, recipe.target, recipe.evaluation_prompts)
     training, held_out = split_held_out(samples, recipe.held_out, recipe.seed)
