@@ -46,13 +46,15 @@ def _layers(*kinds: str, **more: Any) -> dict[str, Any]:
     return {"layer_types": list(kinds), "num_hidden_layers": len(kinds), "sliding_window": WINDOW, **more}
 
 
+# Where the width of a head is not a setting of its own: 32, which the CPU build has.
+_WIDE: dict[str, Any] = {"head_dim": None, "num_attention_heads": 2, "num_key_value_heads": 2}
 _MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 ZOO: dict[str, Kind] = {
     "llama": Kind("llama"),
     "llama3 rope": Kind("llama", {"rope_parameters": LLAMA3_ROPE}),
     "padded vocabulary": Kind("llama", {"vocab_size": VOCAB + 8}),
     "one token more": Kind("llama", {"vocab_size": VOCAB + 1}),
-    "qwen2": Kind("qwen2", {"tie_word_embeddings": True, "head_dim": None}),
+    "qwen2": Kind("qwen2", {"tie_word_embeddings": True, **_WIDE}),
     "qwen3": Kind("qwen3"),
     "qwen3_moe": Kind("qwen3_moe", {**_MOE, "norm_topk_prob": True}),
     "mistral": Kind("mistral", {"sliding_window": WINDOW}, WINDOW),
@@ -69,26 +71,26 @@ ZOO: dict[str, Kind] = {
     "gemma3 sliding": Kind("gemma3_text", {**_layers(SLIDING, SLIDING), **BOTH_ROPES, "tie_word_embeddings": True},
                            WINDOW),
     "cohere2": Kind("cohere2", {**_layers(SLIDING, FULL), "logit_scale": 0.25, "tie_word_embeddings": True}, WINDOW),
-    "phi": Kind("phi", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5, "head_dim": None}),
-    "phi3": Kind("phi3", {"sliding_window": WINDOW, "head_dim": None}, WINDOW),
+    "phi": Kind("phi", {"partial_rotary_factor": 0.5, **_WIDE}),
+    "phi3": Kind("phi3", {"sliding_window": WINDOW, **_WIDE}, WINDOW),
     "granite": Kind("granite", {
         "logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1,
-        "head_dim": None,
+        **_WIDE,
     }),
-    "olmo2": Kind("olmo2", {"head_dim": None}),
-    "smollm3": Kind("smollm3", {"head_dim": None, "no_rope_layer_interval": 2}),
-    "stablelm": Kind("stablelm", {"head_dim": None}),
-    "starcoder2": Kind("starcoder2", {"sliding_window": WINDOW, "head_dim": None}, WINDOW),
-    "exaone4": Kind("exaone4", {**_layers(SLIDING, FULL), "sliding_window_pattern": 2, "head_dim": None}, WINDOW),
-    "glm4": Kind("glm4", {"head_dim": 16}),
+    "olmo2": Kind("olmo2", {**_WIDE}),
+    "smollm3": Kind("smollm3", {**_WIDE, "no_rope_layer_interval": 2}),
+    "stablelm": Kind("stablelm", {**_WIDE}),
+    "starcoder2": Kind("starcoder2", {"sliding_window": WINDOW, **_WIDE}, WINDOW),
+    "exaone4": Kind("exaone4", {**_layers(SLIDING, FULL), "sliding_window_pattern": 2, **_WIDE}, WINDOW),
+    "glm4": Kind("glm4"),
     "gpt2": Kind("gpt2", {
-        "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 512, "tie_word_embeddings": True}),
-    "opt": Kind("opt", {"ffn_dim": 96, "word_embed_proj_dim": HIDDEN}),
-    "gpt_neox": Kind("gpt_neox", {"head_dim": None}),
+        "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 2, "n_positions": 512, "tie_word_embeddings": True}),
+    "opt": Kind("opt", {**_WIDE, "ffn_dim": 96, "word_embed_proj_dim": HIDDEN}),
+    "gpt_neox": Kind("gpt_neox", {**_WIDE}),
     "gpt_oss": Kind("gpt_oss", {**_layers(SLIDING, FULL), **_MOE, "head_dim": 32, "intermediate_size": 64}, WINDOW),
     "minicpm3": Kind("minicpm3", {
         "scale_emb": 2.0, "dim_model_base": 16, "scale_depth": 1.4, "q_lora_rank": 32, "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32, "num_key_value_heads": 4,
+        "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32, **_WIDE,
     }, divided=4.0),
     "qwen2_vl": Kind("qwen2_vl"),
 }  # fmt: skip
@@ -113,8 +115,8 @@ def config_of(kind: Kind) -> Any:
 def _vision_config() -> Any:
     from transformers import AutoConfig
 
-    text = {key: value for key, value in COMMON.items() if key not in ("head_dim", "pad_token_id")}
-    text["rope_parameters"] = {**ROPE, "mrope_section": [2, 3, 3]}
+    text = {key: value for key, value in (COMMON | _WIDE).items() if key not in ("head_dim", "pad_token_id")}
+    text["rope_parameters"] = {**ROPE, "mrope_section": [4, 6, 6]}
     vision = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": HIDDEN, "patch_size": 14, "mlp_ratio": 2}
     tokens = {"vision_start_token_id": 250, "vision_end_token_id": 251, "image_token_id": 252, "video_token_id": 253}
     return AutoConfig.for_model("qwen2_vl", text_config=text, vision_config=vision, **tokens)
@@ -142,4 +144,21 @@ def new_model(kind: Kind, seed: int = 0) -> torch.nn.Module:
 def write(folder: Path, kind: Kind, seed: int = 0) -> Path:
     """The target's folder."""
     new_model(kind, seed).save_pretrained(folder)
+    return folder
+
+
+def write_checkpoint(folder: Path, target: Path, seed: int = 0) -> Path:
+    """A random Gumiho checkpoint for a target's folder, as training writes it: sizes by its config alone."""
+    from transformers import AutoConfig
+
+    from vllm_gumiho.drafters.gumiho.trainable import GumihoDrafter
+
+    torch.manual_seed(seed)
+    text = AutoConfig.from_pretrained(target).get_text_config()
+    drafter = GumihoDrafter(GumihoDrafter.config_for(text, 2, 2, 5))
+    drafter.init_weights(1.0, 1.0)
+    with torch.no_grad():
+        drafter.fc.bias.normal_(std=0.1)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in drafter.state_dict().items()}
+    drafter.save(folder, tensors, str(target), None)
     return folder

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from vllm_gumiho.errors import HookError
 
+ONE_GROUP = (
+    "%s: draft layers would fall into several KV cache groups beside the layers of target %s; its windows save no KV "
+    "cache then (disable_hybrid_kv_cache_manager)"
+)
+logger = logging.getLogger("vllm.vllm_gumiho")
 _FLAGS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 
 
@@ -52,6 +58,9 @@ def _create_speculative_config(original: Callable[..., Any], refusal: str | None
             for flag in _FLAGS:
                 setattr(self, flag, None)
             request = resolve(spec, target_model_config, target_parallel_config, str(self.load_format))
+            if request.needs_one_kv_group(target_model_config) and not self.disable_hybrid_kv_cache_manager:
+                logger.info(ONE_GROUP, request.drafter.title, target_model_config.model)
+                self.disable_hybrid_kv_cache_manager = True
             if request.is_auto:
                 from vllm_gumiho.tuning.auto import settle
 

@@ -17,6 +17,7 @@ from vllm_gumiho.drafters.checkpoints import LOAD_FORMAT, Checkpoint, drafter_in
 from vllm_gumiho.errors import CheckpointError
 from vllm_gumiho.request.catalogue import check_named, checkpoint_for, local_path
 from vllm_gumiho.request.draft_config import derive_draft_config, publish
+from vllm_gumiho.request.kv_groups import tears_drafts_apart
 from vllm_gumiho.request.lengths import AUTO, SCHEDULE, TOKENS, check_schedule, draft_length
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ class Request:
     def most(self) -> int:
         """The largest K that the checkpoint drafts."""
         return self.checkpoint.sizes.max_draft_tokens
+
+    def needs_one_kv_group(self, target: ModelConfig) -> bool:
+        """Whether the draft layers share KV cache groups only where the target's layers of all kinds are in one."""
+        layers = self.draft_config["transformer_layer_config"]["num_hidden_layers"]
+        return tears_drafts_apart(target.hf_text_config, layers)
 
     def with_lengths(self, tokens: int, schedule: list[list[int]] | None = None) -> Request:
         """The same request with a draft length in place of "auto"."""
