@@ -18,6 +18,15 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 128,
+}
 # What every config is given, as far as its class has such a field.
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": LAYERS,
@@ -33,13 +42,15 @@ class Kind:
     """One target.
 
     model_type: transformers' name.  config: what differs from `COMMON`.  window: of its sliding layers, 0 for none.
-    divided: its last hidden state is divided by that before the LM head reads it.
+    divided: its last hidden state is divided by that before the LM head reads it.  wider: by so many tokens its windows
+    are wider in vLLM than in transformers.
     """
 
     model_type: str
     config: dict[str, Any] = field(default_factory=dict)
     window: int = 0
     divided: float = 1.0
+    wider: int = 0
 
 
 def _layers(*kinds: str, **more: Any) -> dict[str, Any]:
@@ -70,7 +81,8 @@ ZOO: dict[str, Kind] = {
         **_layers(*[SLIDING] * 5, FULL), **BOTH_ROPES, "tie_word_embeddings": True}, WINDOW),
     "gemma3 sliding": Kind("gemma3_text", {**_layers(SLIDING, SLIDING), **BOTH_ROPES, "tie_word_embeddings": True},
                            WINDOW),
-    "cohere2": Kind("cohere2", {**_layers(SLIDING, FULL), "logit_scale": 0.25, "tie_word_embeddings": True}, WINDOW),
+    "cohere2": Kind("cohere2", {**_layers(SLIDING, FULL), "logit_scale": 0.25, "tie_word_embeddings": True}, WINDOW,
+                    wider=1),
     "phi": Kind("phi", {"partial_rotary_factor": 0.5, **_WIDE}),
     "phi3": Kind("phi3", {"sliding_window": WINDOW, **_WIDE}, WINDOW),
     "granite": Kind("granite", {
@@ -87,10 +99,11 @@ ZOO: dict[str, Kind] = {
         "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 2, "n_positions": 512, "tie_word_embeddings": True}),
     "opt": Kind("opt", {**_WIDE, "ffn_dim": 96, "word_embed_proj_dim": HIDDEN}),
     "gpt_neox": Kind("gpt_neox", {**_WIDE}),
-    "gpt_oss": Kind("gpt_oss", {**_layers(SLIDING, FULL), **_MOE, "head_dim": 32, "intermediate_size": 64}, WINDOW),
+    "gpt_oss": Kind("gpt_oss", {
+        **_layers(SLIDING, FULL), **_MOE, "head_dim": 32, "intermediate_size": 64, "rope_parameters": YARN}, WINDOW),
     "minicpm3": Kind("minicpm3", {
         "scale_emb": 2.0, "dim_model_base": 16, "scale_depth": 1.4, "q_lora_rank": 32, "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32, **_WIDE,
+        "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, **_WIDE,
     }, divided=4.0),
     "qwen2_vl": Kind("qwen2_vl"),
 }  # fmt: skip

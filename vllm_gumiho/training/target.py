@@ -68,7 +68,7 @@ class FrozenTarget:
         missing = {key: span for span, key in zip(spans, keys, strict=True) if key not in self.store}
         if missing:
             ids = batch["input_ids"]
-            found = self._run([ids[row, a:b] for row, a, b in missing.values()])
+            found = self.compute_sequences([ids[row, a:b] for row, a, b in missing.values()])
             self.store.append(zip(missing, found, strict=True))
         out = torch.zeros(*batch["input_ids"].shape, self.store.width, dtype=torch.bfloat16)
         for (row, a, b), key in zip(spans, keys, strict=True):
@@ -81,7 +81,7 @@ class FrozenTarget:
         ids = batch["input_ids"]
         spans = segment_spans(batch["segments"])
         out = torch.zeros(*ids.shape, self.embed.shape[1], device=ids.device, dtype=self.embed.dtype)
-        for (row, a, b), found in zip(spans, self._run([ids[r, a:b] for r, a, b in spans]), strict=True):
+        for (row, a, b), found in zip(spans, self.compute_sequences([ids[r, a:b] for r, a, b in spans]), strict=True):
             out[row, a:b] = found
         return out
 
@@ -101,7 +101,7 @@ class FrozenTarget:
 
         def run() -> int:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                store.append(zip(waiting, self._run(list(waiting.values())), strict=True))
+                store.append(zip(waiting, self.compute_sequences(list(waiting.values())), strict=True))
             size = sum(map(len, waiting.values()))
             advance(size)
             waiting.clear()
@@ -117,7 +117,7 @@ class FrozenTarget:
                 done += run()
         return done + (run() if waiting else 0)
 
-    def _run(self, sequences: list[Tensor]) -> list[Tensor]:
+    def compute_sequences(self, sequences: list[Tensor]) -> list[Tensor]:
         """Features of sequences of token ids: those of like lengths in one causal pass, padded at their ends."""
         found: list[Tensor] = [torch.empty(0)] * len(sequences)
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
