@@ -1,6 +1,6 @@
 """Every kind of target: trained for two steps, its head served at K = 7, 3 and 1, texts and drafts held to the target.
 
-The engine's features are held to those that training takes.  A few kinds run in ``make test``, all in ``make test-long``.
+The features are held to those that training takes.  A few kinds run in ``make test``, all in ``make test-long``.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_a_kind_of_target_is_trained_for_and_served(results, key, record_propert
         assert on["counts"]["drafted"] > 0
     facts = found[f"{name} on"]["facts"]
     assert facts["runner"] == runner
-    # `run` holds every draft token to the equations, which take the engine's features; here these are held to training's.
+    # `run` holds draft tokens to the equations on the engine's features; here these are held to training's.
     assert facts["drafts"]["compared"] > 50
     assert_features_are_those_of_training(zoo.ZOO[name], target, facts["features"])
     assert_the_head_is_whole(head)

@@ -67,7 +67,7 @@ ZOO: dict[str, Kind] = {
     "one token more": Kind("llama", {"vocab_size": VOCAB + 1}),
     "qwen2": Kind("qwen2", {"tie_word_embeddings": True, **_WIDE}),
     "qwen3": Kind("qwen3"),
-    "qwen3_moe": Kind("qwen3_moe", {**_MOE, "norm_topk_prob": True}),
+    "qwen3_moe": Kind("qwen3_moe", {**_MOE, "head_dim": 32, "norm_topk_prob": True}),
     "mistral": Kind("mistral", {"sliding_window": WINDOW}, WINDOW),
     "mixtral": Kind("mixtral", _MOE),
     "gemma2": Kind("gemma2", {

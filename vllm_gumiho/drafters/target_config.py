@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+# The base of a rope that names none.
+THETA = 10000.0
 # Rope types that are of other layers than Llama's; their base alone is taken.
 _OTHER_ROPES = ("mrope", "bailing_mrope", "mllama4", "proportional")
 # Keys of a rope that hold for the target's layers alone: rows, columns and frames of images, a part of the head.
@@ -26,8 +28,9 @@ def rope_of(config: Any) -> dict[str, Any]:
     if found.get("rope_type", "default") in _OTHER_ROPES:
         found = {key: value for key, value in found.items() if key == "rope_theta"}
     found.setdefault("rope_type", found.pop("type", "default"))
-    if found.get("rope_theta") is None:
-        found["rope_theta"] = float(getattr(config, "rope_theta", None) or 10000.0)
+    base = getattr(config, "rope_theta", None) or (None if rope else THETA)
+    if found.get("rope_theta") is None and base is not None:
+        found["rope_theta"] = float(base)
     return found
 
 

@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_gumiho.drafters.target_config import head_dim_of, intermediate_size_of, kv_heads_of, norm_eps_of, rope_of
+from vllm_gumiho.drafters.target_config import (
+    THETA,
+    head_dim_of,
+    intermediate_size_of,
+    kv_heads_of,
+    norm_eps_of,
+    rope_of,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class DrafterConfig:
             num_attention_heads=target.num_attention_heads,
             num_key_value_heads=kv_heads_of(target),
             head_dim=head_dim_of(target),
-            rope_theta=float(rope_of(target)["rope_theta"]),
+            rope_theta=float(rope_of(target).get("rope_theta", THETA)),
             rms_norm_eps=norm_eps_of(target),
             vocab_size=target.vocab_size,
             num_layers=num_layers,

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from vllm_gumiho.drafters.speculators_config import check_verifier
 from vllm_gumiho.errors import HookError
 
 ONE_GROUP = (
@@ -87,9 +88,19 @@ def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
                 default=None,
                 help="Draft checkpoint, as --spec-model; 'gumiho' alone finds the one for the target (vllm-gumiho).",
             )
+        _offer_auto(parser._option_string_actions.get("--spec-tokens"))
         return parser
 
     return add_cli_args
+
+
+def _offer_auto(action: Any) -> None:
+    """Let ``--spec-tokens`` take the word for a measured K beside a number."""
+    from vllm_gumiho.request.lengths import AUTO
+
+    number = getattr(action, "type", None)
+    if number is not None:
+        action.type = lambda text: AUTO if text.lower() == AUTO else number(text)
 
 
 def _take_speculative_model(original: Callable[..., None]) -> Callable[..., None]:
@@ -100,5 +111,6 @@ def _take_speculative_model(original: Callable[..., None]) -> Callable[..., None
                 raise ValueError("speculative_model= and spec_model= say the same; give one of them")
             kwargs["spec_model"] = speculative_model
         original(self, *args, **kwargs)
+        check_verifier(str(self.model))
 
     return initialise

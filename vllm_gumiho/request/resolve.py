@@ -19,6 +19,7 @@ from vllm_gumiho.request.catalogue import check_named, checkpoint_for, local_pat
 from vllm_gumiho.request.draft_config import derive_draft_config, publish
 from vllm_gumiho.request.kv_groups import tears_drafts_apart
 from vllm_gumiho.request.lengths import AUTO, SCHEDULE, TOKENS, check_schedule, draft_length
+from vllm_gumiho.request.target_check import problem_of
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -82,8 +83,19 @@ class Request:
         return spec
 
 
+def in_our_words(spec: dict[str, Any]) -> dict[str, Any]:
+    """A user's dict with our words in lower case: the method, the drafter as the model, and ``auto``."""
+
+    def word(key: str, value: Any) -> Any:
+        ours = {"method": DRAFTERS, "model": DRAFTERS, TOKENS: (AUTO,)}.get(key, ())
+        return value.lower() if isinstance(value, str) and value.lower() in ours else value
+
+    return {key: word(key, value) for key, value in spec.items()}
+
+
 def asks_for_ours(spec: dict[str, Any]) -> bool:
     """Whether a speculative config, as the user wrote it, means one of our drafters."""
+    spec = in_our_words(spec)
     method, model = spec.get("method"), spec.get("model")
     if any(name in DRAFTERS for name in (method, model) if isinstance(name, str)):
         return True
@@ -104,11 +116,15 @@ def resolve(
 
     Raises: CheckpointError naming what is wrong with the checkpoint, the target or the values.
     """
+    spec = in_our_words(spec)
+    if problem := problem_of(target.hf_text_config, target.model):
+        raise CheckpointError(problem)
     where, path = _locate(spec, target)
     checkpoint = open_checkpoint(path)
     check_named(where, checkpoint.drafter, spec.get("method"), spec.get("model"))
     _check_features(spec, parallel)
     _check_lengths(spec, checkpoint)
+    _tell_of_shorter_drafts(spec, target)
     draft_config = derive_draft_config(checkpoint, target, parallel)
     if spec.get("draft_load_config") is not None:
         raise CheckpointError("draft_load_config is not for Gumiho, which reads its checkpoints itself; leave it out")
@@ -136,6 +152,18 @@ def _check_lengths(spec: dict[str, Any], checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f'{TOKENS} "{AUTO}" and {SCHEDULE} say the same twice; leave one of them out, or give a number with the '
             "schedule"
+        )
+
+
+def _tell_of_shorter_drafts(spec: dict[str, Any], target: ModelConfig) -> None:
+    """Model runner V1 drafts for nobody in a step in which one request is longer than the draft's max_model_len."""
+    longest = spec.get("max_model_len")
+    if isinstance(longest, int) and longest < target.max_model_len:
+        logger.warning(
+            "max_model_len=%d in the speculative config, the target is served with %d: in model runner V1 a request "
+            "longer than that leaves its whole batch without accepted drafts; leave it out",
+            longest,
+            target.max_model_len,
         )
 
 
