@@ -43,12 +43,18 @@ def main() -> None:
 
 @app.command(rich_help_panel=SERVE)
 def check(
+    target: Annotated[str | None, typer.Argument(help=f"Say whether this one can be used instead.  {TARGET}")] = None,
     wheel: Annotated[Path | None, typer.Option(help="Check a vLLM wheel instead of the installed one.")] = None,
 ) -> None:
-    """Show every vLLM internal that Gumiho touches, and whether it is as expected.
+    """Show every vLLM internal that Gumiho touches, and whether it is as expected; or what is known of a target.
 
-    Exit code 1 if one that serving needs is not.
+    Of a target: whether it can be served and trained for, and which checkpoint fits; nothing is downloaded or loaded.
+
+    Exit code 1 if one that serving needs is not, or the target cannot be served.
     """
+    if target is not None:
+        _check_target(target)
+        return
     from vllm_gumiho.engines.facts import vllm_version
     from vllm_gumiho.plugin.hooks import MEASURING, mismatch_message
     from vllm_gumiho.plugin.hooks import check as findings_of
@@ -67,6 +73,22 @@ def check(
     message = mismatch_message(serving, vllm_version())
     if message is not None:
         console.print(message, style="red", markup=False)
+        raise typer.Exit(1)
+
+
+def _check_target(target: str) -> None:
+    from vllm_gumiho.engines.target import SMOLLM2
+    from vllm_gumiho.request.target_check import check_target
+
+    found = check_target("models/SmolLM2-135M-Instruct" if target == SMOLLM2 else target)
+    table = Table("", "", show_header=False, title=f"{found.target}: {found.kind}, {found.architecture}")
+    table.add_row("served", found.unserved or "yes")
+    table.add_row("trained for", found.untrained or "yes")
+    table.add_row("checkpoint", found.checkpoint or "none is known; train one with 'vllm-gumiho train'")
+    for note in found.notes:
+        table.add_row("note", note)
+    console.print(table)
+    if found.unserved:
         raise typer.Exit(1)
 
 

@@ -38,7 +38,17 @@ def attach(llm: Any) -> Record:
     return record
 
 
-def compare(llm: Any, record: Record) -> dict:
+def kept_features(record: Record) -> list[tuple[list[int], list[list[float]]]]:
+    """Verified tokens of each request whose features the engine gave its drafter, and these, ``[T - 1, H]``."""
+    found = []
+    for name, kept in record.features.items():
+        tokens = record.texts[name]
+        whole = next((i for i in range(len(tokens)) if i not in kept), len(tokens))
+        found.append((tokens[: whole + 1], [kept[i].tolist() for i in range(whole)]))
+    return found
+
+
+def compare(llm: Any, record: Record, engines_features: bool = False) -> dict:
     config = llm.llm_engine.vllm_config
     quantised = config.model_config.quantization is not None
     return check(
@@ -47,7 +57,7 @@ def compare(llm: Any, record: Record) -> dict:
         Path(config.speculative_config.draft_model_config.hf_config.gumiho_checkpoint),
         config.model_config.max_model_len,
         exact=config.model_config.dtype == torch.float32,
-        engines_features=quantised or config.lora_config is not None,
+        engines_features=engines_features or quantised or config.lora_config is not None,
     )
 
 

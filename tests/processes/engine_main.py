@@ -279,7 +279,9 @@ def run_case(case: dict, attempts: list[str]) -> dict:
         "replays": replays,
         "verification": dict(adaptive.TOKENS),
     }
-    facts["drafts"] = None if record is None else draft_records.compare(llm, record)
+    keeps = bool(case.get("keep features"))
+    facts["drafts"] = None if record is None else draft_records.compare(llm, record, keeps)
+    facts["features"] = draft_records.kept_features(record) if keeps and record is not None else None
     drafts += [] if record is None else [(text, draft.tokens) for text, draft in record.finished()]
     llm.llm_engine.engine_core.shutdown()
     del llm

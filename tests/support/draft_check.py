@@ -69,11 +69,14 @@ class Record:
 class ManyDrafts(ReferenceDrafter):
     """The equations of `ReferenceDrafter` for many drafts of a text in one pass, whatever the number of serial steps.
 
-    allowed ``[V]`` bool: tokens of a draft vocabulary.
+    allowed ``[V]`` bool: tokens of a draft vocabulary.  bias, scale, soft_cap: of the target's logits.
     """
 
     num_serial_steps: int = 2
     allowed: Tensor | None = None
+    bias: Tensor | float = 0.0
+    scale: float = 1.0
+    soft_cap: float | None = None
 
     def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
         """x ``[N, heads, D]`` at ``positions [N]``: pairs (i, i + D/2) turned by position * theta^(-2i/D)."""
@@ -130,8 +133,18 @@ class ManyDrafts(ReferenceDrafter):
             positions.append(anchors + step + 1)
         count_heads = drafted.shape[1] - self.num_serial_steps
         heads = [self.head(torch.cat(own, dim=-1), index) for index in range(max(0, count_heads))]
-        found = torch.stack((*hidden, *heads), dim=1) @ self.lm_head.T
+        found = (torch.stack((*hidden, *heads), dim=1) @ self.lm_head.T + self.bias) * self.scale
+        if self.soft_cap is not None:
+            found = self.soft_cap * torch.tanh(found / self.soft_cap)
         return found if self.allowed is None else found.masked_fill(~self.allowed, -torch.inf)
+
+
+# What checkpoints call the embedding and the LM head.
+EMBEDDINGS = (
+    "model.embed_tokens.weight", "model.language_model.embed_tokens.weight", "model.decoder.embed_tokens.weight",
+    "transformer.wte.weight", "gpt_neox.embed_in.weight",
+)  # fmt: skip
+HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def plain_target(folder: Path) -> Any | None:
@@ -153,12 +166,19 @@ def reference_of(target: Path, checkpoint: Path) -> ManyDrafts:
     opened, config = open_checkpoint(checkpoint), AutoConfig.from_pretrained(target)
     weights = {name: tensor.float() for name, tensor in opened.tensors() if name != D2T}
     places = {name: tensor for name, tensor in opened.tensors() if name == D2T}
-    layer = config.to_dict() | dict(opened.layer_config)
+    text = config.get_text_config()
+    layer = text.to_dict() | dict(opened.layer_config)
     rope = layer.get("rope_parameters") or {}
     assert rope.get("rope_type", "default") == "default", f"no reference for {rope}"
     head_dim = layer.get("head_dim") or layer["hidden_size"] // layer["num_attention_heads"]
     own = load_file(target / "model.safetensors")
-    embed = own["model.embed_tokens.weight"].float()
+    embed = next(own[name] for name in EMBEDDINGS if name in own).float()
+    head = next((own[name] for name in HEADS if name in own), embed).float()
+    size = text.vocab_size
+    bias = own["lm_head.bias"].float() if "lm_head.bias" in own else 0.0
+    scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1.0)
+    if text.model_type.startswith("minicpm"):  # scales what its LM head reads
+        scale = 1.0
     allowed = None
     if D2T in places:
         allowed = torch.zeros(len(embed), dtype=torch.bool)
@@ -168,7 +188,10 @@ def reference_of(target: Path, checkpoint: Path) -> ManyDrafts:
     return ManyDrafts(
         weights=weights,
         embed=embed,
-        lm_head=own.get("lm_head.weight", embed).float(),
+        lm_head=head[:size],
+        bias=bias,
+        scale=scale,
+        soft_cap=getattr(text, "final_logit_softcapping", None),
         num_heads=len(weights["layers.0.self_attn.q_proj.weight"]) // head_dim,
         num_kv_heads=len(weights["layers.0.self_attn.k_proj.weight"]) // head_dim,
         head_dim=head_dim,

@@ -56,7 +56,7 @@ def run(folder: Path, cases: dict[str, dict], runner: str = "v1", env: dict[str,
         env={**environment(), **(env or {})},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         check=False,
     )
     log = done.stdout + done.stderr

@@ -1,8 +1,9 @@
 """What a run of the tests showed, by file: ``pytest --record FILE``.
 
 A file of tests that ran takes the place of its entry; entries of others stay, so that a run may be made in parts.
-An entry has how many tests passed, why how many were skipped, which failed, and which rows of docs/features.md were
-proven: those with a marked test that passed, and none that failed or was left out.
+An entry has how many tests passed, why how many were skipped, which failed, which rows of docs/features.md were
+proven: those with a marked test that passed, and none that failed or was left out; and what was shown of which kind of
+target, for docs/targets.md.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Recorder:
         self.skipped: dict[str, Counter[str]] = {}
         self.failed: dict[str, list[str]] = {}
         self.rows: dict[str, dict[tuple[str, str], set[str]]] = {}
+        self.targets: dict[str, set[tuple[str, str]]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.outcome == "passed":
@@ -40,6 +42,8 @@ class Recorder:
         else:
             self.failed.setdefault(file, []).append(report.nodeid.split("::", 1)[1])
         for name, row in report.user_properties:
+            if name == "target" and outcome == "passed":
+                self.targets.setdefault(file, set()).add(tuple(row))
             if name == "feature":
                 self.rows.setdefault(file, {}).setdefault(tuple(row), set()).add(outcome)
 
@@ -48,7 +52,8 @@ class Recorder:
         record |= {"versions": versions(), "date": datetime.date.today().isoformat()}
         for file in {*self.passed, *self.skipped, *self.failed}:
             rows = self.rows.get(file, {})
-            record["files"][file] = {
+            targets = self.targets.get(file)
+            record["files"][file] = ({"targets": sorted(map(list, targets))} if targets else {}) | {
                 "passed": self.passed[file],
                 "skipped": dict(sorted(self.skipped.get(file, {}).items())),
                 "failed": sorted(self.failed.get(file, [])),

@@ -100,7 +100,7 @@ def test_a_store_that_was_filled_ahead_is_all_that_training_needs(monkeypatch, t
     def fails(*_):
         raise AssertionError("the target was run")
 
-    monkeypatch.setattr("vllm_gumiho.training.target.FrozenTarget._run", fails)
+    monkeypatch.setattr("vllm_gumiho.training.target.FrozenTarget.compute_sequences", fails)
     # What a step would cost without the store is counted on a pass of its own.
     monkeypatch.setattr("vllm_gumiho.training.trainer.training_flops", lambda *_: (1, 1))
     train(recipe(tiny_target, tmp_path, tmp_path / "run", row_length=32, steps=2, feature_cache=str(tmp_path / "f")))

@@ -20,6 +20,7 @@ from vllm_gumiho.training.objective import Candidates, losses
 from vllm_gumiho.training.optimizer import MuonWithAdamW
 from vllm_gumiho.training.provenance import made_with, read_recipe
 from vllm_gumiho.training.recipes import objective_of
+from vllm_gumiho.training.target_head import LmHead
 from vllm_gumiho.training.trainer import train
 from vllm_gumiho.training.unrolling import draft, valid_anchors
 
@@ -91,7 +92,7 @@ def test_short_answers_give_every_parameter_a_gradient(tiny_target):
     row = PackedRows([sample("a", [3, 4, 5], [7, 8])], 16)[0]
     batch = {k: v[None] for k, v in row.items()}
     features = table[batch["input_ids"]]
-    losses(drafter, unrolled(candidates=0), table, table, batch, features, torch.arange(4))[0].backward()
+    losses(drafter, unrolled(candidates=0), table, LmHead(table), batch, features, torch.arange(4))[0].backward()
     assert [name for name, p in drafter.named_parameters() if p.grad is None] == []
 
 
@@ -117,7 +118,7 @@ def test_one_batch_can_be_learned(tiny_target, data):
     torch.manual_seed(0)
     target = FrozenTarget(AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32))
     # A sharp target, so that the loss is not all entropy.
-    target.lm_head = target.lm_head * 10
+    target.lm_head = LmHead(target.lm_head.weight * 10)
     batch = {k: v[None] for k, v in PackedRows(read_samples([data], tiny.VOCAB), 64)[0].items()}
     features = target.features(batch)
     drafter = GumihoDrafter(tiny.drafter_config())
@@ -224,7 +225,7 @@ def test_further_steps_train_the_transformer_on_positions_that_heads_draft(tiny_
     torch.testing.assert_close(torch.stack(out.serial), torch.stack(plain.serial))
 
     def trained(drafter, objective):
-        total, parts = losses(drafter, objective, table, table, batch, inputs[2], torch.arange(4))
+        total, parts = losses(drafter, objective, table, LmHead(table), batch, inputs[2], torch.arange(4))
         drafter.zero_grad()
         total.backward()
         return total.detach(), parts, drafter.layers[0].mlp.up_proj.weight.grad.clone()
@@ -254,7 +255,9 @@ def test_early_positions_weigh_more_unless_told_otherwise(data):
     table = torch.randn(tiny.VOCAB, tiny.HIDDEN)
     batch = {k: v[None] for k, v in PackedRows(read_samples([data], tiny.VOCAB), 64)[0].items()}
     for objective in (early, flat):
-        total, parts = losses(drafter, objective, table, table, batch, table[batch["input_ids"]], torch.arange(4))
+        total, parts = losses(
+            drafter, objective, table, LmHead(table), batch, table[batch["input_ids"]], torch.arange(4)
+        )
         weights = [1.0, objective.serial_decay, *objective.head_weights]
         wanted = sum(
             weight * (objective.ce_weight * parts[f"ce_{i}"] + objective.feature_weight * parts[f"feature_{i}"])
@@ -274,7 +277,7 @@ def test_the_drawn_vocabulary_estimates_the_whole_normaliser():
         columns, known = subset.column(labels)
         assert known.all()
         assert (subset.tokens(columns) == labels).all()
-        draws.append(subset.logits(features, subset.weight(lm_head)).exp().sum(-1))
+        draws.append(subset.logits(features, LmHead(lm_head).rows(subset.ids)).exp().sum(-1))
     torch.testing.assert_close(torch.stack(draws).mean(0).log(), exact, rtol=0, atol=0.05)
 
 

@@ -13,6 +13,7 @@ from runs import unrolled
 from vllm_gumiho.drafters.gumiho.trainable import GumihoDrafter
 from vllm_gumiho.training.model import TrainingModel
 from vllm_gumiho.training.objective import Objective, losses
+from vllm_gumiho.training.target_head import LmHead
 from vllm_gumiho.training.unrolling import Drafts, draft
 
 LENGTH = 14
@@ -101,7 +102,14 @@ def test_the_share_of_own_tokens_decides_what_the_second_step_is_fed(monkeypatch
         drafter,
         text,
         lambda: losses(
-            drafter, unrolled(candidates=0), text["embed"], text["embed"], batch, features, torch.arange(4), share
+            drafter,
+            unrolled(candidates=0),
+            text["embed"],
+            LmHead(text["embed"]),
+            batch,
+            features,
+            torch.arange(4),
+            share,
         ),
     )
     # Anchors draft the answer's second token or a later one: x[t+2] for t from 1.
@@ -117,7 +125,7 @@ def test_the_share_of_own_tokens_decides_what_the_second_step_is_fed(monkeypatch
 
 def test_own_tokens_come_in_as_training_goes_on(monkeypatch, drafter, text):
     class Target:
-        embed = lm_head = text["embed"]
+        embed, lm_head = text["embed"], LmHead(text["embed"])
 
     model = TrainingModel(drafter, unrolled(candidates=0), Target(), torch.arange(4), own_tokens=1.0)
     true = text["input_ids"][0, 3:]
@@ -149,7 +157,9 @@ def test_anchors_weigh_by_the_drafters_hold_on_the_true_tokens_before(monkeypatc
         "positions": torch.arange(6)[None],
     }
     objective = Objective(feature_weight=0.0, chain_floor=0.2, serial_decay=0.5, head_weights=(0.1,))
-    total, parts = losses(None, objective, torch.eye(2), torch.eye(2), batch, logits(*target)[None], torch.arange(1))
+    total, parts = losses(
+        None, objective, torch.eye(2), LmHead(torch.eye(2)), batch, logits(*target)[None], torch.arange(1)
+    )
 
     def entropy(q, p):
         return -q * math.log(p) - (1 - q) * math.log(1 - p)

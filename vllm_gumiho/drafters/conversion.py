@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vllm_gumiho.checkpoint.tensors import D2T
 from vllm_gumiho.drafters.checkpoints import Checkpoint, open_checkpoint, save_speculators
+from vllm_gumiho.drafters.target_config import head_dim_of, norm_eps_of, rope_of
 from vllm_gumiho.errors import CheckpointError
 
-_FROM_TARGET = ("max_position_embeddings", "rms_norm_eps", "rope_parameters", "vocab_size")
+_FROM_TARGET = ("max_position_embeddings", "vocab_size")
 
 
 def convert_checkpoint(
@@ -86,10 +87,11 @@ def _fill(layer: dict[str, Any], target: str, opened: Checkpoint) -> dict[str, A
         raise CheckpointError(
             f"target {target}: its config cannot be read ({type(error).__name__}: {error})"
         ) from error
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     from_target = {key: getattr(config, key) for key in _FROM_TARGET if getattr(config, key, None) is not None}
-    if "rope_theta" in layer or "rope_parameters" in layer:
-        from_target.pop("rope_parameters", None)
+    from_target["rms_norm_eps"] = norm_eps_of(config)
+    if "rope_theta" not in layer and "rope_parameters" not in layer:
+        from_target["rope_parameters"] = rope_of(config)
     heads = {
         "num_attention_heads": opened.sizes.query_size // head_dim,
         "num_key_value_heads": opened.sizes.key_size // head_dim,

@@ -129,7 +129,6 @@ class DraftHead(nn.Module):
         """``[N, H]`` -> ``[N, Vd]``."""
         return F.linear(hidden_states.to(self.weight.dtype), self.weight)
 
-    def logits(self, hidden_states: Tensor, vocab_size: int) -> Tensor:
-        """``[N, H]`` -> ``[N, V]``, minus infinity for what is never drafted."""
-        some = self.draft_logits(hidden_states)
+    def spread(self, some: Tensor, vocab_size: int) -> Tensor:
+        """Logits ``[N, Vd]`` -> ``[N, V]``, minus infinity for what is never drafted."""
         return some.new_full((some.shape[0], vocab_size), -torch.inf).index_copy_(1, self.ids, some)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,36 @@ def speculators_config(drafter: Drafter, sizes: Sizes, verifier: str, layer_conf
             "algorithm": drafter.name,
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": sizes.max_draft_tokens}],
-            "verifier": {"name_or_path": verifier, "architectures": []},
+            # A folder's whole path: an engine may be started from another one.
+            "verifier": {
+                "name_or_path": str(Path(verifier).resolve()) if Path(verifier).is_dir() else verifier,
+                "architectures": [],
+            },
         },
         "transformer_layer_config": layer,
     }
+
+
+def check_verifier(path: str) -> None:
+    """Refuse a checkpoint of ours, served by itself, whose target is a folder that is not there.
+
+    path: a model as vLLM is given it; what is no folder of a drafter of ours passes.  Raises: CheckpointError.
+    """
+    file = Path(path) / "config.json"
+    try:
+        config = json.loads(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValueError):
+        return
+    if not isinstance(config, dict) or config.get(TYPE_KEY) not in DRAFTERS:
+        return
+    check_config(file, config)
+    name = ((config.get("speculators_config") or {}).get("verifier") or {}).get("name_or_path")
+    if not name or Path(name).exists() or (name.count("/") == 1 and not name.startswith(("/", ".", "~"))):
+        return
+    raise CheckpointError(
+        f"{path}: a drafter whose target is {name!r}, no folder here and no hub name; serve the target itself, with "
+        f'"model": {path!r} in the speculative config, or convert the checkpoint with --target'
+    )
 
 
 def update_draft_config(drafter: Drafter, config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:

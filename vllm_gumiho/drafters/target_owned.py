@@ -5,6 +5,7 @@ vLLM's EAGLE loading puts the target's own modules in place after the draft's we
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,12 +16,24 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm_gumiho.checkpoint.tensors import target_ids
 from vllm_gumiho.drafters.kernel_choice import kernel_switch
 from vllm_gumiho.drafters.lm_head import DraftHead, GreedyArgmax, LmHeadShard, argmax_problem, plain_head_problem
+from vllm_gumiho.drafters.target_view import language_model
+from vllm_gumiho.errors import DraftModelError
 
 
 def draft_lengths(speculative_config: Any) -> set[int]:
     """Every K that an engine can draft: the configured one, and those of a schedule."""
     schedule = speculative_config.num_speculative_tokens_per_batch_size or []
     return {speculative_config.num_speculative_tokens, *(length for _, _, length in schedule)}
+
+
+def whole_attention(vllm_config: VllmConfig) -> VllmConfig:
+    """The config for draft layers, which attend to all of a text: vLLM gives layers without a window the target's."""
+    if vllm_config.cache_config.sliding_window is None:
+        return vllm_config
+    changed = copy.copy(vllm_config)
+    changed.cache_config = copy.copy(vllm_config.cache_config)
+    changed.cache_config.sliding_window = None
+    return changed
 
 
 class TargetOwned(nn.Module):
@@ -44,7 +57,7 @@ class TargetHead:
         config.draft_vocab_size = config.vocab_size
         self.config = config
         self.lm_head = TargetOwned(config.vocab_size, config.hidden_size)
-        self.logits_processor = LogitsProcessor(config.vocab_size, scale=getattr(config, "logit_scale", 1.0))
+        self.logits_processor = LogitsProcessor(config.vocab_size)
         kernel_switch()  # a wrong value ends the start here
         self.greedy_argmax: GreedyArgmax | None = None
         self.draft_ids: Tensor | None = None
@@ -55,6 +68,21 @@ class TargetHead:
         self.max_batch = vllm_config.scheduler_config.max_num_seqs
         self.draft_lengths = draft_lengths(speculative)
         self.draft_dtype = vllm_config.model_config.dtype
+
+    def take_logits(self, target: nn.Module) -> None:
+        """Scale and soft cap of the target's logits, once it is loaded: drafts are drawn as it draws.
+
+        Raises: DraftModelError where the target's LM head has not taken the place that is kept for it.
+        """
+        if isinstance(self.lm_head, TargetOwned):
+            raise DraftModelError(
+                f"vLLM has put no LM head of {type(target).__name__} in the draft's place for it; serve this target "
+                "without speculation"
+            )
+        theirs = getattr(language_model(target), "logits_processor", None)
+        theirs = getattr(theirs, "base_layer", theirs)
+        self.logits_processor.scale = getattr(theirs, "scale", 1.0)
+        self.logits_processor.soft_cap = getattr(theirs, "soft_cap", None)
 
     def take_draft_vocabulary(self, d2t: Tensor) -> None:
         """``d2t`` of the checkpoint."""
@@ -78,7 +106,10 @@ class TargetHead:
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """``[N, H]`` -> ``[N, V]`` by the target's LM head, its bias included; -inf for tokens never drafted."""
         if self.draft_head is not None:
-            return self.draft_head.logits(hidden_states, self.config.vocab_size) * self.logits_processor.scale
+            logits, cap = self.draft_head.draft_logits(hidden_states), self.logits_processor.soft_cap
+            if cap is not None:
+                logits = torch.tanh(logits / cap) * cap
+            return self.draft_head.spread(logits * self.logits_processor.scale, self.config.vocab_size)
         return self.logits_processor(self.lm_head, hidden_states, getattr(self.lm_head, "bias", None))
 
     def get_top_tokens(self, hidden_states: Tensor) -> Tensor:

@@ -15,6 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_gumiho.drafters.target_config import (
+    THETA,
+    head_dim_of,
+    intermediate_size_of,
+    kv_heads_of,
+    norm_eps_of,
+    rope_of,
+)
+
 
 @dataclass(frozen=True)
 class DrafterConfig:
@@ -41,15 +50,14 @@ class DrafterConfig:
     @staticmethod
     def of_target(target: Any, num_layers: int, num_serial_steps: int, num_heads: int, fc_bias: bool) -> DrafterConfig:
         """Draft layers of the target's own shape.  target: its Hugging Face text config."""
-        rope = getattr(target, "rope_parameters", None) or {}
         return DrafterConfig(
             hidden_size=target.hidden_size,
-            intermediate_size=target.intermediate_size,
+            intermediate_size=intermediate_size_of(target),
             num_attention_heads=target.num_attention_heads,
-            num_key_value_heads=target.num_key_value_heads,
-            head_dim=getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
-            rope_theta=float(rope.get("rope_theta", getattr(target, "rope_theta", 10000.0))),
-            rms_norm_eps=target.rms_norm_eps,
+            num_key_value_heads=kv_heads_of(target),
+            head_dim=head_dim_of(target),
+            rope_theta=float(rope_of(target).get("rope_theta", THETA)),
+            rms_norm_eps=norm_eps_of(target),
             vocab_size=target.vocab_size,
             num_layers=num_layers,
             num_serial_steps=num_serial_steps,

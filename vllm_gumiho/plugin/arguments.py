@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
+from vllm_gumiho.drafters.speculators_config import check_verifier
 from vllm_gumiho.errors import HookError
 
+ONE_GROUP = (
+    "%s: draft layers would fall into several KV cache groups beside the layers of target %s; its windows save no KV "
+    "cache then (disable_hybrid_kv_cache_manager)"
+)
+logger = logging.getLogger("vllm.vllm_gumiho")
 _FLAGS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 
 
@@ -56,6 +63,9 @@ def _create_speculative_config(original: Callable[..., Any], refusal: str | None
                 from vllm_gumiho.tuning.auto import with_measured_row_cost
 
                 request = with_measured_row_cost(request, self, target_model_config)
+            if request.needs_one_kv_group(target_model_config) and not self.disable_hybrid_kv_cache_manager:
+                logger.info(ONE_GROUP, request.drafter.title, target_model_config.model)
+                self.disable_hybrid_kv_cache_manager = True
             if request.is_auto:
                 from vllm_gumiho.tuning.auto import settle
 
@@ -82,9 +92,19 @@ def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
                 default=None,
                 help="Draft checkpoint, as --spec-model; 'gumiho' alone finds the one for the target (vllm-gumiho).",
             )
+        _offer_auto(parser._option_string_actions.get("--spec-tokens"))
         return parser
 
     return add_cli_args
+
+
+def _offer_auto(action: Any) -> None:
+    """Let ``--spec-tokens`` take the word for a measured K beside a number."""
+    from vllm_gumiho.request.lengths import AUTO
+
+    number = getattr(action, "type", None)
+    if number is not None:
+        action.type = lambda text: AUTO if text.lower() == AUTO else number(text)
 
 
 def _take_speculative_model(original: Callable[..., None]) -> Callable[..., None]:
@@ -95,5 +115,6 @@ def _take_speculative_model(original: Callable[..., None]) -> Callable[..., None
                 raise ValueError("speculative_model= and spec_model= say the same; give one of them")
             kwargs["spec_model"] = speculative_model
         original(self, *args, **kwargs)
+        check_verifier(str(self.model))
 
     return initialise

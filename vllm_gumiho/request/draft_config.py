@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_gumiho.drafters.checkpoints import Checkpoint
 from vllm_gumiho.drafters.speculators_config import speculators_config
+from vllm_gumiho.drafters.target_config import norm_eps_of, rope_of
 from vllm_gumiho.env import CACHE_ROOT, cache_folder
 from vllm_gumiho.errors import CheckpointError
 from vllm_gumiho.files import digest_of, write_json
@@ -53,12 +54,12 @@ def derive_draft_config(
             "num_attention_heads": sizes.query_size // head_dim,
             "num_key_value_heads": sizes.key_size // head_dim,
         }
-    rope = getattr(text, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
+    rope = rope_of(text)
     layer.setdefault("hidden_act", "silu")
-    layer.setdefault("rms_norm_eps", getattr(text, "rms_norm_eps", 1e-6))
+    layer.setdefault("rms_norm_eps", norm_eps_of(text))
     layer.setdefault("max_position_embeddings", getattr(text, "max_position_embeddings", 2048))
     if layer.get("rope_parameters") in (None, {}) and "rope_theta" not in layer:
-        layer["rope_parameters"] = {k: rope[k] for k in rope}
+        layer["rope_parameters"] = dict(rope)
     own = layer.get("rope_parameters")
     if isinstance(own, dict) and own.get("rope_theta") is None and "rope_theta" in rope and "rope_theta" not in layer:
         layer["rope_parameters"] = {**own, "rope_theta": rope["rope_theta"]}

@@ -17,9 +17,11 @@ from vllm_gumiho.drafters.checkpoints import LOAD_FORMAT, Checkpoint, drafter_in
 from vllm_gumiho.errors import CheckpointError
 from vllm_gumiho.request.catalogue import check_named, checkpoint_for, local_path
 from vllm_gumiho.request.draft_config import derive_draft_config, publish
+from vllm_gumiho.request.kv_groups import tears_drafts_apart
 from vllm_gumiho.request.lengths import AUTO, SCHEDULE, TOKENS, check_schedule, draft_length
 from vllm_gumiho.request.per_request import CONFIDENT, row_cost
 from vllm_gumiho.request.seeded_text import seeded_text
+from vllm_gumiho.request.target_check import problem_of
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -52,6 +54,11 @@ class Request:
     def most(self) -> int:
         """The largest K that the checkpoint drafts."""
         return self.checkpoint.sizes.max_draft_tokens
+
+    def needs_one_kv_group(self, target: ModelConfig) -> bool:
+        """Whether the draft layers share KV cache groups only where the target's layers of all kinds are in one."""
+        layers = self.draft_config["transformer_layer_config"]["num_hidden_layers"]
+        return tears_drafts_apart(target.hf_text_config, layers)
 
     def with_lengths(self, tokens: int, schedule: list[list[int]] | None = None) -> Request:
         """The same request with a draft length in place of "auto"."""
@@ -87,8 +94,19 @@ class Request:
         return spec
 
 
+def in_our_words(spec: dict[str, Any]) -> dict[str, Any]:
+    """A user's dict with our words in lower case: the method, the drafter as the model, and ``auto``."""
+
+    def word(key: str, value: Any) -> Any:
+        ours = {"method": DRAFTERS, "model": DRAFTERS, TOKENS: (AUTO,)}.get(key, ())
+        return value.lower() if isinstance(value, str) and value.lower() in ours else value
+
+    return {key: word(key, value) for key, value in spec.items()}
+
+
 def asks_for_ours(spec: dict[str, Any]) -> bool:
     """Whether a speculative config, as the user wrote it, means one of our drafters."""
+    spec = in_our_words(spec)
     method, model = spec.get("method"), spec.get("model")
     if any(name in DRAFTERS for name in (method, model) if isinstance(name, str)):
         return True
@@ -109,11 +127,15 @@ def resolve(
 
     Raises: CheckpointError naming what is wrong with the checkpoint, the target or the values.
     """
+    spec = in_our_words(spec)
+    if problem := problem_of(target.hf_text_config, target.model):
+        raise CheckpointError(problem)
     where, path = _locate(spec, target)
     checkpoint = open_checkpoint(path)
     check_named(where, checkpoint.drafter, spec.get("method"), spec.get("model"))
     _check_features(spec, parallel)
     _check_lengths(spec, checkpoint)
+    _tell_of_shorter_drafts(spec, target)
     draft_config = derive_draft_config(checkpoint, target, parallel)
     for_runner = {PER_REQUEST: row_cost(spec.get(PER_REQUEST)), SEEDED_TEXT: seeded_text(spec)}
     draft_config |= {key: value for key, value in for_runner.items() if value is not None}
@@ -143,6 +165,18 @@ def _check_lengths(spec: dict[str, Any], checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f'{TOKENS} "{AUTO}" and {SCHEDULE} say the same twice; leave one of them out, or give a number with the '
             "schedule"
+        )
+
+
+def _tell_of_shorter_drafts(spec: dict[str, Any], target: ModelConfig) -> None:
+    """Model runner V1 drafts for nobody in a step in which one request is longer than the draft's max_model_len."""
+    longest = spec.get("max_model_len")
+    if isinstance(longest, int) and longest < target.max_model_len:
+        logger.warning(
+            "max_model_len=%d in the speculative config, the target is served with %d: in model runner V1 a request "
+            "longer than that leaves its whole batch without accepted drafts; leave it out",
+            longest,
+            target.max_model_len,
         )
 
 

@@ -10,10 +10,19 @@ from vllm_gumiho.drafters import SAME, SEEDED_TEXT, drafter_of
 logger = logging.getLogger("vllm.vllm_gumiho")
 
 
-def finish_loading(model: Any, vllm_config: Any, runner: str) -> None:
+def view_of(target_model: Any, vllm_config: Any) -> Any:
+    """The target as vLLM's loading of an EAGLE draft looks for it."""
+    from vllm_gumiho.drafters import target_view
+
+    config = vllm_config.model_config
+    return target_view.view_of(target_model, config.model, config.get_vocab_size())
+
+
+def finish_loading(model: Any, target_model: Any, vllm_config: Any, runner: str) -> None:
     """Let a loaded draft model choose its kernels, and say in one line what drafts, and by which."""
     drafter = drafter_of(vllm_config)
     assert drafter is not None
+    model.take_logits(target_model)
     logger.info(
         "%s drafts with %s: K=%d, model runner %s, %s",
         drafter.title,

@@ -13,7 +13,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from vllm_gumiho.errors import DraftModelError
-from vllm_gumiho.runners import finish_loading, leave_single_launch, logger, wants_same_seeded_text
+from vllm_gumiho.runners import finish_loading, leave_single_launch, logger, view_of, wants_same_seeded_text
 from vllm_gumiho.runners.draft_length import DraftLengths, chances_of_drawn, chances_of_greedy
 
 
@@ -49,9 +49,20 @@ class DraftProposer(EagleProposer):
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the drafter beside its target; says once what drafts and how."""
-        super().load_model(target_model)
+        super().load_model(view_of(target_model, self.vllm_config))
         self.use_local_argmax_reduction = True  # greedy drafts come from the model's `get_top_tokens`
-        finish_loading(self.model, self.vllm_config, "V1")
+        finish_loading(self.model, target_model, self.vllm_config, "V1")
+
+    def validate_same_kv_cache_group(self, kv_cache_config: Any) -> None:
+        """As the base class, which has one block table for all draft layers.  Raises: DraftModelError."""
+        try:
+            super().validate_same_kv_cache_group(kv_cache_config)
+        except AssertionError:
+            raise DraftModelError(
+                f"target {self.vllm_config.model_config.model}: vLLM puts the draft layers into several KV cache "
+                "groups, which model runner V1 does not take; set disable_hybrid_kv_cache_manager=True "
+                "(--disable-hybrid-kv-cache-manager)"
+            ) from None
 
     def prepare_next_token_ids_padded(
         self, sampled_token_ids: Tensor, requests: Any, gpu_input_batch: Any, *args: Any, **kwargs: Any

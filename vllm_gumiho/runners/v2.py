@@ -12,7 +12,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from vllm_gumiho.drafters.gumiho import V2_SERIAL_STEPS as SERIAL_STEPS
-from vllm_gumiho.runners import finish_loading, leave_single_launch, wants_same_seeded_text
+from vllm_gumiho.runners import finish_loading, leave_single_launch, view_of, wants_same_seeded_text
 from vllm_gumiho.runners.sample_and_walk import verify_by_walking
 
 
@@ -21,12 +21,12 @@ class DraftSpeculator(EagleSpeculator):
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the drafter beside its target; says once what drafts and how."""
-        super().load_model(target_model)
+        super().load_model(view_of(target_model, self.vllm_config))
         if wants_same_seeded_text(self.vllm_config):
             verify_by_walking(target_model, self.vllm_config)
         # Greedy drafts come from the model's `get_top_tokens`; adaptive verification reads their logits too.
         self.use_local_argmax_reduction = self.acceptance_estimator is None
-        finish_loading(self.model, self.vllm_config, "V2")
+        finish_loading(self.model, target_model, self.vllm_config, "V2")
 
 
 class GumihoSpeculator(DraftSpeculator):

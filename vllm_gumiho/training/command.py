@@ -64,9 +64,11 @@ def features(
     from vllm_gumiho.engines.target import find_target
     from vllm_gumiho.training.data import read_samples
     from vllm_gumiho.training.target import open_target
+    from vllm_gumiho.training.target_model import refuse_placeholders
 
     opened = open_target(find_target(target), feature_cache)
     samples = read_samples(data, opened.embed.shape[0])
+    refuse_placeholders(samples, opened.model.config, opened.name)
     # Kinds mixed, so that a store that is not full yet serves a run as well.
     random.Random(0).shuffle(samples)
     sequences = [sample.tokens()[0][:row_length] for sample in samples]

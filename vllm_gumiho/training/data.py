@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import compress, pairwise
 from pathlib import Path
@@ -52,11 +53,15 @@ class Sample:
         return sum(len(answer) for _, answer in self.turns)
 
 
-def read_samples(paths: Iterable[Path], vocab_size: int) -> list[Sample]:
+def read_samples(paths: Iterable[Path], vocab_size: int, left_out: Counter[str] | None = None) -> list[Sample]:
     """All samples of the files (a folder stands for its ``*.jsonl``), first of each id and of each first prompt.
 
-    Raises: DataError for a file that is not there, a line that is no sample, or a token outside the vocabulary.
+    left_out: counts those that are not taken, by the reason.
+
+    Raises: DataError for a file that is not there, a line that is no sample, a token outside the vocabulary, or where
+    none is left.
     """
+    left_out = Counter() if left_out is None else left_out
     paths = list(paths)
     files = json_lines_files(paths)
     samples: dict[str, Sample] = {}
@@ -74,14 +79,31 @@ def read_samples(paths: Iterable[Path], vocab_size: int) -> list[Sample]:
             if any(not 0 <= token < vocab_size for token in sample.tokens()[0]):
                 raise DataError(f"{file}:{number}: token id outside the target's vocabulary of {vocab_size}")
             first_prompt, first_answer = sample.turns[0]
-            if not first_prompt or len(first_answer) < 2 or sample.id in samples or tuple(first_prompt) in asked:
+            repeated = sample.id in samples or tuple(first_prompt) in asked
+            if reason := _unusable(first_prompt, first_answer) or (REPEATED if repeated else None):
+                left_out[reason] += 1
                 continue
             samples[sample.id] = sample
             asked.add(tuple(first_prompt))
     if not samples:
         read = ", ".join(map(str, files)) or f"{', '.join(map(str, paths))}, which has no *.jsonl file"
-        raise DataError(f"no training samples in {read}; make some with 'vllm-gumiho generate'")
+        why = f" ({in_words(left_out)})" if left_out else ""
+        raise DataError(f"no training samples in {read}{why}; make some with 'vllm-gumiho generate'")
     return list(samples.values())
+
+
+NO_PROMPT, SHORT, REPEATED = "without a prompt", "with a first answer of fewer than 2 tokens", "repeats"
+CUT_AWAY = "with fewer than 2 answer tokens within --row-length"
+
+
+def _unusable(prompt: list[int], answer: list[int]) -> str | None:
+    """Why a conversation that begins so teaches nothing, None where it does."""
+    return NO_PROMPT if not prompt else SHORT if len(answer) < 2 else None
+
+
+def in_words(left_out: Mapping[str, int]) -> str:
+    """What was left out and why, as ``3 repeats, 1 without a prompt``."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
 
 
 def _sample(raw: Any, kind: str) -> Sample:
@@ -166,17 +188,20 @@ class PackedRows(Dataset):
     """Sequences laid end to end in rows of ``row_length`` tokens; a sequence never crosses a row.
 
     An item: ``input_ids``, ``positions``, ``segments`` (0 = padding at a row's end) and ``answer`` (bool), each
-    ``[row_length]``, and ``index``, the row's number.  A conversation is cut at ``row_length`` tokens.
+    ``[row_length]``, and ``index``, the row's number.  A conversation is cut at ``row_length`` tokens; ``cut_away``
+    counts those that then have no answer left.
     """
 
     def __init__(self, samples: list[Sample], row_length: int):
         self.row_length = row_length
+        self.cut_away = 0
         rows: list[list[tuple[list[int], list[bool]]]] = []
         room: list[int] = []
         for sample in samples:
             ids, answered = sample.tokens()
             ids, answered = ids[:row_length], answered[:row_length]
             if sum(answered) < 2:
+                self.cut_away += 1
                 continue
             fitting = [r for r in range(max(0, len(rows) - OPEN_ROWS), len(rows)) if room[r] >= len(ids)]
             if fitting:
@@ -197,9 +222,10 @@ class PackedRows(Dataset):
         """Rows of one kind each, at most ``most`` of it, and the kind of every row."""
         together, kinds = PackedRows([], row_length), []
         for kind, of in by_kind(samples).items():
-            rows = PackedRows(of, row_length).rows[:most]
-            together.rows += rows
-            kinds += [kind] * len(rows)
+            mine = PackedRows(of, row_length)
+            together.rows += mine.rows[:most]
+            together.cut_away += mine.cut_away
+            kinds += [kind] * len(mine.rows[:most])
         return together, kinds
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:

@@ -49,13 +49,17 @@ class Questions:
 
 @dataclass
 class Conversation:
-    """A conversation under way: token ids so far, and the turns to be written."""
+    """A conversation under way: token ids so far, and the turns to be written.
+
+    lost: why it ended before its last question, a key of the counts; None where it did not.
+    """
 
     id: str
     questions: list[str]
     messages: list[dict[str, str]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     turns: list[dict[str, list[int]]] = field(default_factory=list)
+    lost: str | None = None
 
     def ask(self, tokenizer: Any, longest: int) -> list[int] | None:
         """Token ids up to the next answer; None when there is no next question or it does not fit.
@@ -67,7 +71,11 @@ class Conversation:
             return None
         messages = [*self.messages, {"role": "user", "content": self.questions[len(self.turns)]}]
         ids = render(tokenizer, messages)
-        if len(ids) > longest or ids[: len(self.ids)] != self.ids:
+        if ids[: len(self.ids)] != self.ids:
+            self.lost = "cut_by_template"
+            return None
+        if len(ids) > longest:
+            self.lost = "cut_by_length" if self.turns else "too_long"
             return None
         self.messages = messages
         return ids
@@ -116,8 +124,9 @@ def generate_answers(
     was stopped, limited or split in shards draws what the whole run draws, but where batches of other sizes round a
     close choice otherwise (bfloat16 does now and then).
 
-    Returns counts: conversations and answer tokens written, prompts that were too long, repeats, and prompts checked
-    against the evaluation prompts.  A line is whole or not there: a last line cut off by a kill is taken away.
+    Returns counts: conversations and answer tokens written, prompts that were too long, conversations that ended before
+    their last question as it did not fit or as the template writes earlier turns in other tokens, repeats, and prompts
+    checked against the evaluation prompts.  A line is whole or not there: a last line cut off by a kill is taken away.
 
     Raises: PromptError for a prompt file that cannot be read, DataError for prompts that are evaluation prompts,
     EngineError where vLLM does not start.
@@ -126,7 +135,8 @@ def generate_answers(
     from vllm import LLM
 
     prompts, repeats = read_questions(prompt_files, shard)
-    counts = {"conversations": 0, "answer_tokens": 0, "too_long": 0, "repeats": repeats, "checked": 0}
+    counts = {"conversations": 0, "answer_tokens": 0, "too_long": 0, "cut_by_length": 0, "cut_by_template": 0}
+    counts |= {"repeats": repeats, "checked": 0}
     if evaluation_prompts:
         evaluation = EvaluationPrompts.read(evaluation_prompts)
         counts["checked"] = evaluation.refuse((prompt.id, turn) for prompt in prompts for turn in prompt.turns)
@@ -149,8 +159,9 @@ def generate_answers(
         task = progress.add_task("answers", total=len(todo))
         for talk in finished(llm, talks, questions, longest, WAITING * settings["max_num_seqs"]):
             progress.advance(task)
+            if talk.lost is not None:
+                counts[talk.lost] += 1
             if not talk.turns:
-                counts["too_long"] += 1
                 continue
             record = {"id": talk.id, "temperature": questions.temperature(talk.id), "turns": talk.turns}
             file.write(json.dumps(record) + "\n")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from vllm_gumiho.drafters.trainable_layers import SerialDrafter
 from vllm_gumiho.training.objective import Objective, hits, losses
 from vllm_gumiho.training.target import FrozenTarget
+from vllm_gumiho.training.target_head import LmHead
 
 
 class TrainingModel(nn.Module):
@@ -33,7 +36,7 @@ class TrainingModel(nn.Module):
         self._target = [target]  # in a list: neither a submodule nor in the state dict
         self.frequent = frequent
         self.own_tokens, self.progress, self.bf16 = own_tokens, 0.0, bf16
-        self._cast: tuple[Tensor, Tensor] | None = None
+        self._cast: tuple[Tensor, LmHead] | None = None
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=self.bf16):
@@ -76,12 +79,12 @@ class TrainingModel(nn.Module):
             self.own_tokens * self.progress,
         )
 
-    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _tables(self, device: torch.device) -> tuple[Tensor, LmHead]:
         """The target's embedding and LM head, in the dtype of products: cast once."""
         target = self._target[0]
         if self._cast is None or self._cast[0].device != device:
             dtype = torch.bfloat16 if self.bf16 else target.embed.dtype
-            embed = target.embed.to(device, dtype)
-            lm_head = embed if target.lm_head is target.embed else target.lm_head.to(device, dtype)
-            self._cast = (embed, lm_head)
+            embed, tied = target.embed.to(device, dtype), target.lm_head.weight is target.embed
+            head = replace(target.lm_head, weight=embed) if tied else target.lm_head
+            self._cast = (embed, head.to(device, dtype))
         return self._cast

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_gumiho.drafters.trainable_layers import SerialDrafter
+from vllm_gumiho.training.target_head import LmHead
 from vllm_gumiho.training.unrolling import Form, draft, shift, valid_anchors
 
 # Rows of logits over all candidates that are in memory at once: what a CPU's cache holds, and times that on a GPU.
@@ -97,11 +98,9 @@ class Candidates:
     def tokens(self, columns: Tensor) -> Tensor:
         return columns if self.ids is None else self.ids[columns]
 
-    def weight(self, lm_head: Tensor) -> Tensor:
-        return lm_head if self.ids is None else lm_head[self.ids]
-
-    def logits(self, features: Tensor, weight: Tensor) -> Tensor:
-        logits = F.linear(features, weight).float()
+    def logits(self, features: Tensor, head: LmHead) -> Tensor:
+        """head: the rows of these tokens."""
+        logits = head.logits(features)
         return logits if self.log_weight is None else logits.add_(self.log_weight)
 
 
@@ -110,11 +109,12 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, log_weight: Tensor | None, wanted: Tensor, rows: Tensor, truth: Tensor
+        ctx: Any, x: Tensor, head: LmHead, log_weight: Tensor | None, wanted: Tensor, rows: Tensor, truth: Tensor
     ) -> tuple[Tensor, Tensor]:
         losses, likely, gradients = [], [], []
         for x_, rows_, truth_ in zip(*(y.split(_rows_at_once(x)) for y in (x.detach(), rows, truth)), strict=True):
-            logits = F.linear(x_, weight).float()
+            logits = head.logits(x_)
+            slope = head.slope(logits) if ctx.needs_input_grad[0] else 1.0
             if log_weight is not None:
                 logits.add_(log_weight)
             wants = wanted[rows_]
@@ -124,7 +124,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
             likely.append((logits.gather(1, truth_[:, None])[:, 0] - log_sum).exp())
             if ctx.needs_input_grad[0]:
                 chances = logits.sub_(log_sum[:, None]).exp_().mul_(total[:, None]).sub_(wants)
-                gradients.append(chances.to(weight.dtype) @ weight)
+                if isinstance(slope, Tensor) or slope != 1.0:
+                    chances.mul_(slope)
+                gradients.append(chances.to(head.weight.dtype) @ head.weight)
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
         agreed = torch.cat(likely)
@@ -142,14 +144,14 @@ def _rows_at_once(x: Tensor) -> int:
 
 
 def soft_cross_entropy(
-    x: Tensor, weight: Tensor, log_weight: Tensor | None, wanted: Tensor, rows: Tensor, truth: Tensor
+    x: Tensor, head: LmHead, log_weight: Tensor | None, wanted: Tensor, rows: Tensor, truth: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of logits ``x weight^T + log_weight`` against ``wanted[rows]``, and how likely the truth is.
+    """Cross-entropy of the head's logits of x, plus ``log_weight``, against ``wanted[rows]``; how likely the truth is.
 
-    x ``[N, H]``; weight ``[C, H]``, not trained; wanted ``[B, C]``; rows, truth ``[N]``.  Returns ``[N]`` twice, the
+    x ``[N, H]``; head: C rows, not trained; wanted ``[B, C]``; rows, truth ``[N]``.  Returns ``[N]`` twice, the
     second without a gradient.
     """
-    return _SoftCrossEntropy.apply(x, weight, log_weight, wanted, rows, truth)
+    return _SoftCrossEntropy.apply(x, head, log_weight, wanted, rows, truth)
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def losses(
     drafter: SerialDrafter,
     objective: Objective,
     embed: Tensor,
-    lm_head: Tensor,
+    lm_head: LmHead,
     batch: dict[str, Tensor],
     features: Tensor,
     frequent: Tensor,
@@ -194,13 +196,13 @@ def losses(
     """
     ids, segments, answer = batch["input_ids"], batch["segments"], batch["answer"]
     first = valid_anchors(segments, answer, 1)
-    subset = Candidates.draw(ids[answer], frequent, lm_head.shape[0], objective.candidates, objective.vocabulary)
-    weight = subset.weight(lm_head)
+    subset = Candidates.draw(ids[answer], frequent, lm_head.size, objective.candidates, objective.vocabulary)
+    head = lm_head.rows(subset.ids)
 
     @torch.no_grad()
     def own_token(draft_features: Tensor, true: Tensor) -> Tensor:
         mine = torch.rand(true.shape, device=true.device) < own_tokens
-        return true.masked_scatter(mine, subset.tokens(subset.logits(draft_features[mine], weight).argmax(-1)))
+        return true.masked_scatter(mine, subset.tokens(subset.logits(draft_features[mine], head).argmax(-1)))
 
     drafts = draft(
         drafter,
@@ -222,7 +224,7 @@ def losses(
         wanted = shift(answer, 1).flatten().nonzero()[:, 0]
         target_probs = torch.cat(
             [
-                subset.logits(vectors[some], weight).softmax(-1).to(weight.dtype)
+                subset.logits(vectors[some], head).softmax(-1).to(head.weight.dtype)
                 for some in wanted.split(_rows_at_once(wanted))
             ]
         )
@@ -238,7 +240,7 @@ def losses(
         # Position t + i of the anchors t: where the target's feature and its distribution are.
         at = valid.flatten().nonzero()[:, 0] + i
         truth, known = subset.column(ids.flatten()[at + 1])
-        ce, likely = soft_cross_entropy(x, weight, subset.log_weight, target_probs, row_of[at], truth)
+        ce, likely = soft_cross_entropy(x, head, subset.log_weight, target_probs, row_of[at], truth)
         agreed = torch.ones(kept.shape, device=ids.device).masked_scatter(kept, likely * known)
         return Position(kept, ce, F.smooth_l1_loss(x.float(), vectors[at].float()), agreed)
 
@@ -267,7 +269,7 @@ def losses(
 def hits(
     drafter: SerialDrafter,
     embed: Tensor,
-    lm_head: Tensor,
+    lm_head: LmHead,
     batch: dict[str, Tensor],
     features: Tensor,
     vocabulary: Tensor | None = None,
@@ -284,7 +286,7 @@ def hits(
     count = drafter.config.max_draft_tokens if with_heads else drafter.config.num_serial_steps
     seen, right, accepted = (torch.zeros(count, dtype=torch.int64) for _ in range(3))
     subset = Candidates(vocabulary, None)
-    weight = subset.weight(lm_head)
+    head = lm_head.rows(subset.ids)
     alive = torch.ones(int(first.sum()), dtype=torch.bool, device=ids.device)
     for i in range(1, count + 1):
         valid = valid_anchors(segments, answer, i)[first]
@@ -293,7 +295,7 @@ def hits(
             if i <= drafter.config.num_serial_steps
             else (drafts.heads[i - 1 - drafter.config.num_serial_steps])
         )
-        hit = (subset.tokens(F.linear(x, weight).argmax(-1)) == shift(ids, i + 1)[first]) & valid
+        hit = (subset.tokens(head.logits(x).argmax(-1)) == shift(ids, i + 1)[first]) & valid
         alive &= hit
         seen[i - 1], right[i - 1], accepted[i - 1] = valid.sum(), hit.sum(), alive.sum()
     return seen, right, accepted

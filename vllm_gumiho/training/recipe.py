@@ -103,6 +103,7 @@ class Recipe:
             "save_every",
             "learning_rate",
             "fit_tokens",
+            "eval_rows",
         ):
             if getattr(self, name) <= 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be above 0")

@@ -114,7 +114,14 @@ def start(drafter: SerialDrafter, recipe: Recipe, target: FrozenTarget, rows: Da
     scale = probe[(rows[0]["segments"] > 0)[None].to(device)].float().square().mean().sqrt()
     drafter.init_weights(float(scale), float(target.embed.float().square().mean().sqrt()))
     if recipe.init == "target":
-        drafter.init_from_target(target.model.base_model.layers)
+        layers = getattr(target.model.base_model, "layers", ())
+        try:
+            drafter.init_from_target(layers)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise RecipeError(
+                f"init 'target': layers of {type(target.model).__name__} are not Llama's ({type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0]}); choose linear or random"
+            ) from error
     if recipe.init_from:
         tensors = dict(open_checkpoint(recipe.init_from).tensors())
         tensors.pop(D2T, None)

@@ -1,18 +1,24 @@
-"""The frozen target: its embedding, its LM head and its features, kept in a store between epochs and runs."""
+"""The frozen target: its embedding, its LM head and its features, kept in a store between epochs and runs.
+
+Features and logits are those of the model's own forward pass in transformers, whatever the model: its own masks, its
+own attention, and what it does before and after its LM head (`vllm_gumiho.training.target_head`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from vllm_gumiho.training.data import segment_spans
 from vllm_gumiho.training.store import FeatureStore, key_of
+from vllm_gumiho.training.target_head import head_reads, read_head
+from vllm_gumiho.training.target_model import load_target, passes_alone
 
 # Sequences of one pass are padded to the longest: the shortest has at least that share of its length.
 ALIKE = 0.7
@@ -21,21 +27,23 @@ PASS_TOKENS, FILL_TOKENS = 4096, 8192
 
 
 def open_target(folder: str, cache: str | Path | None = None, device: torch.device | None = None) -> FrozenTarget:
-    """The frozen target of a folder.  device: None is a GPU where there is one."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    return FrozenTarget(model, cache).to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    """The frozen target of a folder.  device: None is a GPU where there is one.  Raises: TargetError."""
+    target = FrozenTarget(load_target(folder), cache, folder)
+    return target.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 class FrozenTarget:
     """The target's embedding, LM head and features.
 
-    Features are the hidden states after the final norm (what a vLLM model's ``forward`` returns).  cache: a folder
-    in which the features of a sequence are kept as bfloat16 (`FeatureStore`), so that later epochs and other runs on
-    the same conversations need no target pass; None computes them anew each time.
+    Features are what the LM head reads: mostly the hidden states after the final norm (what a vLLM model's
+    ``forward`` returns).  cache: a folder in which the features of a sequence are kept as bfloat16 (`FeatureStore`), so
+    that later epochs and other runs on the same conversations need no target pass; None computes them anew each time.
+    name: for messages.  Raises: TargetError for a model whose head cannot be read.
     """
 
-    def __init__(self, model: nn.Module, cache: str | Path | None = None):
+    def __init__(self, model: nn.Module, cache: str | Path | None = None, name: str | None = None):
         self.model = model.eval().requires_grad_(False)
+        self.name = name or model.config.name_or_path
         self._take_tensors()
         self.store: FeatureStore | None = None
         if cache:
@@ -60,7 +68,7 @@ class FrozenTarget:
         missing = {key: span for span, key in zip(spans, keys, strict=True) if key not in self.store}
         if missing:
             ids = batch["input_ids"]
-            found = self._run([ids[row, a:b] for row, a, b in missing.values()])
+            found = self.compute_sequences([ids[row, a:b] for row, a, b in missing.values()])
             self.store.append(zip(missing, found, strict=True))
         out = torch.zeros(*batch["input_ids"].shape, self.store.width, dtype=torch.bfloat16)
         for (row, a, b), key in zip(spans, keys, strict=True):
@@ -73,7 +81,7 @@ class FrozenTarget:
         ids = batch["input_ids"]
         spans = segment_spans(batch["segments"])
         out = torch.zeros(*ids.shape, self.embed.shape[1], device=ids.device, dtype=self.embed.dtype)
-        for (row, a, b), found in zip(spans, self._run([ids[r, a:b] for r, a, b in spans]), strict=True):
+        for (row, a, b), found in zip(spans, self.compute_sequences([ids[r, a:b] for r, a, b in spans]), strict=True):
             out[row, a:b] = found
         return out
 
@@ -93,7 +101,7 @@ class FrozenTarget:
 
         def run() -> int:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                store.append(zip(waiting, self._run(list(waiting.values())), strict=True))
+                store.append(zip(waiting, self.compute_sequences(list(waiting.values())), strict=True))
             size = sum(map(len, waiting.values()))
             advance(size)
             waiting.clear()
@@ -109,32 +117,37 @@ class FrozenTarget:
                 done += run()
         return done + (run() if waiting else 0)
 
-    def _run(self, sequences: list[Tensor]) -> list[Tensor]:
+    def compute_sequences(self, sequences: list[Tensor]) -> list[Tensor]:
         """Features of sequences of token ids: those of like lengths in one causal pass, padded at their ends."""
         found: list[Tensor] = [torch.empty(0)] * len(sequences)
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         while order:
             longest = len(sequences[order[0]])
-            most = max(1, PASS_TOKENS // longest)
+            most = 1 if self._alone else max(1, PASS_TOKENS // longest)
             group = [i for i in order[:most] if len(sequences[i]) >= ALIKE * longest]
             order = order[len(group) :]
             # Under a causal mask nothing that follows a token reaches it, so no mask for the padding is needed.
             ids = nn.utils.rnn.pad_sequence([sequences[i] for i in group], batch_first=True)
-            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            for i, features in zip(group, hidden, strict=True):
+            with head_reads(self.model) as read:
+                self.model(input_ids=ids, use_cache=False)
+            for i, features in zip(group, read[0], strict=True):
                 found[i] = features[: len(sequences[i])]
         return found
 
     def _take_tensors(self) -> None:
         self.embed = self.model.get_input_embeddings().weight.detach()
-        lm_head = self.model.get_output_embeddings().weight.detach()
-        self.lm_head = self.embed if lm_head.data_ptr() == self.embed.data_ptr() else lm_head
+        head, self.reads_last_state = read_head(self.model, self.name)
+        tied = head.weight.data_ptr() == self.embed.data_ptr() and head.weight.shape == self.embed.shape
+        self.lm_head = replace(head, weight=self.embed) if tied else head
+        self._alone = passes_alone(self.model.config)
 
     def _fingerprint(self) -> str:
         """Tells targets apart by their config and the bits of one weight matrix."""
         last = [p for p in self.model.base_model.parameters() if p.ndim == 2][-1].detach()
         digest = hashlib.sha256(repr(sorted(self.model.config.to_diff_dict().items())).encode())
         digest.update(last.float().cpu().numpy().tobytes())
+        if not self.reads_last_state:
+            digest.update(b"what the LM head reads")
         return digest.hexdigest()[:16]
 
     @staticmethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,17 @@ from transformers import (
     set_seed,
 )
 
-from vllm_gumiho.errors import RecipeError
+from vllm_gumiho.errors import DataError, RecipeError
 from vllm_gumiho.files import write_json
-from vllm_gumiho.training.data import PackedRows, Sample, mixed, read_samples, split_held_out
+from vllm_gumiho.training.data import (
+    CUT_AWAY,
+    PackedRows,
+    Sample,
+    in_words,
+    mixed,
+    read_samples,
+    split_held_out,
+)
 from vllm_gumiho.training.decontaminate import refuse_evaluation_prompts
 from vllm_gumiho.training.metrics import acceptance_metrics
 from vllm_gumiho.training.model import TrainingModel
@@ -31,6 +41,9 @@ from vllm_gumiho.training.recipes import kind_of, new_drafter, objective_of
 from vllm_gumiho.training.speed import SpeedMeter, training_flops
 from vllm_gumiho.training.start import start
 from vllm_gumiho.training.target import open_target
+from vllm_gumiho.training.target_model import refuse_placeholders
+
+logger = logging.getLogger("vllm_gumiho")
 
 
 class DrafterTrainer(Trainer):
@@ -161,7 +174,9 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     arguments = _arguments(recipe)
     target.to(arguments.device)
     text_config = target.model.config.get_text_config()
-    samples = read_samples(map(Path, recipe.data), text_config.vocab_size)
+    left_out: Counter[str] = Counter()
+    samples = read_samples(map(Path, recipe.data), text_config.vocab_size, left_out)
+    refuse_placeholders(samples, target.model.config, recipe.target)
     if recipe.evaluation_prompts:
         refuse_evaluation_prompts(samples, recipe.target, recipe.evaluation_prompts)
     training, held_out = split_held_out(samples, recipe.held_out, recipe.seed)
@@ -169,6 +184,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     train_rows = PackedRows(_shuffled(training, recipe.seed), recipe.row_length)
     eval_rows, kinds = PackedRows.of_kinds(held_out, recipe.row_length, recipe.eval_rows)
 
+    check_rows(recipe, len(samples), left_out, train_rows, eval_rows)
     counts = train_rows.token_counts(text_config.vocab_size)
     by_count = counts.argsort(descending=True, stable=True)
     vocabulary = by_count[: recipe.draft_vocab].sort().values if recipe.draft_vocab else None
@@ -213,6 +229,23 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         write_json(final / "metrics.json", metrics)
         trainer.state.save_to_json(str(final / "trainer_state.json"))
     return metrics
+
+
+def check_rows(recipe: Recipe, read: int, left_out: Counter[str], train: PackedRows, held_out: PackedRows) -> None:
+    """Say what of the data is left out, and refuse a run without rows to train on or to measure on.
+
+    read: conversations taken from the files.  left_out: others there, by the reason.  Raises: DataError.
+    """
+    left_out = left_out + Counter({CUT_AWAY: train.cut_away + held_out.cut_away})
+    why = f" ({in_words(left_out)})" if left_out else ""
+    if left_out:
+        logger.warning("training data: %d conversations are taken, left out: %s", read, in_words(left_out))
+    for rows, what in ((train, "train on"), (held_out, "measure on")):
+        if not len(rows):
+            raise DataError(
+                f"{', '.join(recipe.data)}: no row is left to {what}, of {read} conversations taken{why}; give more "
+                f"conversations, at least two of a kind, or a --row-length above {recipe.row_length}"
+            )
 
 
 def last_checkpoint(output: Path) -> str:

@@ -23,7 +23,7 @@ from vllm_gumiho.drafters.gumiho.heads import ParallelHeads
 from vllm_gumiho.drafters.gumiho.layout import STAGE
 from vllm_gumiho.drafters.kernel_choice import Shapes, choose_kernels
 from vllm_gumiho.drafters.lm_head import GreedyArgmax
-from vllm_gumiho.drafters.target_owned import TargetHead, TargetOwned
+from vllm_gumiho.drafters.target_owned import TargetHead, TargetOwned, whole_attention
 from vllm_gumiho.env import BREAKABLE_GRAPHS
 
 
@@ -48,6 +48,7 @@ class GumihoModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", start_layer_id: int = 0):
         super().__init__()
         config = vllm_config.speculative_config.draft_model_config.hf_config
+        vllm_config = whole_attention(vllm_config)
         self.config = config
         self.embed_tokens = TargetOwned(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(

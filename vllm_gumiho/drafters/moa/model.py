@@ -29,7 +29,7 @@ from vllm_gumiho.drafters.lm_head import GreedyArgmax
 from vllm_gumiho.drafters.moa.context import VerifiedAttention
 from vllm_gumiho.drafters.moa.features import LayerFeatures
 from vllm_gumiho.drafters.moa.layout import CROSS, LAYER_KEY, SELF, LayerShape
-from vllm_gumiho.drafters.target_owned import TargetHead, TargetOwned
+from vllm_gumiho.drafters.target_owned import TargetHead, TargetOwned, whole_attention
 
 
 class CrossAttention(nn.Module):
@@ -99,6 +99,7 @@ class MoaModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", start_layer_id: int = 0):
         super().__init__()
         config = vllm_config.speculative_config.draft_model_config.hf_config
+        vllm_config = whole_attention(vllm_config)
         self.config = config
         self.embed_tokens = TargetOwned(config.vocab_size, config.hidden_size)
         at = maybe_prefix(prefix, f"layers.{start_layer_id}")
