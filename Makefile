@@ -59,8 +59,9 @@ next: next-wheel
 
 test-next: models next  ## the tests against vLLM 0.33, recorded for docs/features.md
 	@test -e .next/.ready
-	rm -f docs/results/vllm-0.33.json
-	$(RUN) .next/bin/python -m pytest -m "not long" -n $(WORKERS) --dist loadfile --record docs/results/vllm-0.33.json
+	rm -f .next/record.json
+	$(RUN) .next/bin/python -m pytest -m "not long" -n $(WORKERS) --dist loadfile --record .next/record.json
+	mv .next/record.json docs/results/vllm-0.33.json
 	$(BIN)/python tests/support/feature_list.py
 
 test-next-quick: models next  ## a few minutes of them: hooks, drafting in both runners, a server
