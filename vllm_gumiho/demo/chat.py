@@ -1,15 +1,19 @@
-"""Chat with a real target without and with Gumiho; compare texts, acceptance and speed."""
+"""Chat with a real target without and with Gumiho, one question at a time and several; compare texts and speed."""
 
 from __future__ import annotations
 
+import contextlib
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from vllm_gumiho.demo.picture import Picture, answers, in_words, speeds
+from vllm_gumiho.drafters import PER_REQUEST
 from vllm_gumiho.drafters.checkpoints import open_checkpoint
-from vllm_gumiho.engines.counters import Counts, acceptance
+from vllm_gumiho.engines.counters import Counts, ratio
 from vllm_gumiho.engines.facts import default_dtype, on_cpu
 from vllm_gumiho.engines.process import Worker
 from vllm_gumiho.engines.prompts import QUESTIONS
@@ -17,8 +21,37 @@ from vllm_gumiho.engines.target import find_target
 from vllm_gumiho.files import check_writable, write_json
 from vllm_gumiho.request.catalogue import checkpoint_for, local_path
 from vllm_gumiho.request.lengths import draft_length
+from vllm_gumiho.request.per_request import CONFIDENT
 
 TASKS = "vllm_gumiho.demo.tasks"
+OFF, ON = "speculation off", "Gumiho"
+# An engine that had its turn looks for work for a second more before it leaves the cores.
+REST_S = 1.2
+SLICE_S = 0.2
+
+
+@dataclass
+class Run:
+    """What an engine wrote at one concurrency: ``tokens`` and ``texts`` by question."""
+
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    counts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def written(self) -> int:
+        return sum(map(len, self.tokens.values()))
+
+    @property
+    def speed(self) -> float:
+        """Output tokens/s, prompts included."""
+        return ratio(self.written, self.seconds)
+
+    def add(self, found: dict[str, Any]) -> None:
+        self.tokens |= {int(number): tokens for number, tokens in found["tokens"].items()}
+        self.texts |= {int(number): text for number, text in found["texts"].items()}
+        self.seconds += found["seconds"]
 
 
 def run_demo(
@@ -26,14 +59,14 @@ def run_demo(
     checkpoint: str,
     num_speculative_tokens: int,
     max_tokens: int,
-    concurrency: int,
+    concurrencies: tuple[int, ...],
     output: Path,
     console: Console,
 ) -> bool:
     """Run the demonstration and write its JSON report; returns whether all texts are equal.
 
-    On the CPU the target runs in float32, where one-token and many-token products differ by rounding alone.  The
-    engines' log goes to a file beside the report.
+    On the CPU the target runs in float32, where one-token and many-token products differ by rounding alone, and drafts
+    end by request.  The engines' log goes to a file beside the report.
     """
     check_writable(output)
     with console.status("looking for the target"):
@@ -43,77 +76,99 @@ def run_demo(
     settings: dict[str, Any] = {
         "model": target,
         "max_model_len": 1024,
-        "max_num_seqs": concurrency,
+        "max_num_seqs": max(concurrencies),
         "disable_log_stats": False,
         "dtype": default_dtype(),
         "enforce_eager": on_cpu(),
         "enable_prefix_caching": False,
     }
     speculative = {"method": opened.drafter.name, "model": checkpoint, "num_speculative_tokens": num_speculative_tokens}
+    if on_cpu():
+        speculative[PER_REQUEST] = CONFIDENT
     log = output.with_suffix(".log")
     log.unlink(missing_ok=True)
     console.print(f"log of the engines: {log}", highlight=False, soft_wrap=True)
-    runs, started = {}, {}
-    for name, more in (("speculation off", {}), ("Gumiho", {"speculative_config": speculative})):
-        with (
-            console.status(f"{name}: {len(QUESTIONS)} questions, {concurrency} at once"),
-            Worker(TASKS, {"llm": settings | more}, name, log=log) as engine,
-        ):
-            runs[name], started[name] = engine.ask("chat", max_tokens=max_tokens), engine.started
-    off, on = runs["speculation off"], runs["Gumiho"]
-
-    figures = acceptance(Counts(**on["counts"]), num_speculative_tokens)
-    different = [i for i in range(len(QUESTIONS)) if off["tokens"][i] != on["tokens"][i]]
-    speeds = {name: sum(map(len, run["tokens"])) / run["seconds"] for name, run in runs.items()}
-    report = {
-        "target": target,
-        "checkpoint": checkpoint,
-        "vllm_version": started["Gumiho"]["vllm"],
-        "model_runner": started["Gumiho"]["model_runner"],
-        "num_speculative_tokens": num_speculative_tokens,
-        "prompts": len(QUESTIONS),
-        "outputs_equal": not different,
-        "acceptance_length": figures["acceptance_length"],
-        "acceptance_per_position": figures["acceptance_per_position"],
-        "tokens_per_s_off": speeds["speculation off"],
-        "tokens_per_s_on": speeds["Gumiho"],
-        "speedup": speeds["Gumiho"] / speeds["speculation off"],
-    }
-    write_json(output, report)
-    _show(console, report, off, on)
-    if different:
-        _explain(console, settings, log, off, on, different)
+    with contextlib.ExitStack() as stack:
+        engines = {}
+        for name, more in ((OFF, {}), (ON, {"speculative_config": speculative})):
+            with console.status(f"starting the engine: {name}"):
+                engines[name] = stack.enter_context(Worker(TASKS, {"llm": settings | more}, name, log=log))
+        rounds = {at_once: _round(engines, at_once, max_tokens, console) for at_once in concurrencies}
+        different = [
+            (at_once, number)
+            for at_once, runs in rounds.items()
+            for number in range(len(QUESTIONS))
+            if runs[OFF].tokens[number] != runs[ON].tokens[number]
+        ]
+        report = _report(rounds, num_speculative_tokens, engines[ON].started, not different)
+        report = {"target": target, "checkpoint": checkpoint, "speculative_config": speculative} | report
+        write_json(output, report)
+        first = rounds[concurrencies[0]]
+        console.print(answers(first[OFF], first[ON]))
+        console.print(speeds(report))
+        if different:
+            _explain(console, engines[OFF], rounds, different)
+    console.print(in_words(report), style="bold", highlight=False)
     console.print(f"report: {output}", highlight=False, soft_wrap=True)
     return not different
 
 
-def _show(console: Console, report: dict[str, Any], off: dict[str, Any], on: dict[str, Any]) -> None:
-    texts = Table("prompt", "answer", "equal", title="Greedy answers", show_lines=True)
-    for question, text, a, b in zip(QUESTIONS, on["texts"], off["tokens"], on["tokens"], strict=True):
-        texts.add_row(question, text.strip()[:200], "[green]yes" if a == b else "[red]no")
-    console.print(texts)
-    facts = Table("", "off", "Gumiho", title=f"vLLM {report['vllm_version']}, model runner {report['model_runner']}")
-    facts.add_row("tokens/s", f"{report['tokens_per_s_off']:.1f}", f"{report['tokens_per_s_on']:.1f}")
-    facts.add_row("speedup", "1.00x", f"{report['speedup']:.2f}x")
-    facts.add_row("acceptance length", "1.00", f"{report['acceptance_length']:.2f}")
-    positions = " ".join(f"{p:.2f}" for p in report["acceptance_per_position"])
-    facts.add_row("accepted per position", "", positions)
-    facts.add_row("texts equal", "", str(report["outputs_equal"]))
-    console.print(facts)
+def _round(engines: dict[str, Worker], at_once: int, max_tokens: int, console: Console) -> dict[str, Run]:
+    """All questions, ``at_once`` at a time; the engines take turns."""
+    runs = {name: Run() for name in engines}
+    with Picture(console, list(engines), at_once) as picture:
+        for first in range(0, len(QUESTIONS), at_once):
+            numbers = list(range(first, min(first + at_once, len(QUESTIONS))))
+            for name, engine in engines.items():
+                time.sleep(REST_S)
+                engine.ask("begin", numbers=numbers, max_tokens=max_tokens)
+                found = {"left": len(numbers)}
+                while found["left"]:
+                    found = engine.ask("advance", seconds=SLICE_S)
+                    picture.show(name, numbers, found)
+                runs[name].add(found)
+    for name, engine in engines.items():
+        runs[name].counts = engine.ask("counts")
+    return runs
+
+
+def _report(rounds: dict[int, dict[str, Run]], most: int, started: dict[str, Any], equal: bool) -> dict[str, Any]:
+    """Figures of all rounds.  Drafts end by request: there is no share of them that was accepted at a position."""
+    found = {}
+    for at_once, runs in rounds.items():
+        off, on = runs[OFF], runs[ON]
+        counts = Counts(**on.counts)
+        found[str(at_once)] = {
+            "tokens_per_s_off": off.speed,
+            "tokens_per_s_on": on.speed,
+            "speedup": ratio(on.speed, off.speed),
+            # Each pass gives a request one token of the target's own.
+            "tokens_per_pass": ratio(on.written, on.written - counts.accepted_tokens),
+            "drafts": counts.drafts,
+            "sent": counts.draft_tokens,
+            "accepted": counts.accepted_tokens,
+        }
+    return {
+        "vllm_version": started["vllm"],
+        "model_runner": started["model_runner"],
+        "num_speculative_tokens": most,
+        "prompts": len(QUESTIONS),
+        "outputs_equal": equal,
+        "rounds": found,
+    }
 
 
 def _explain(
-    console: Console, settings: dict[str, Any], log: Path, off: dict[str, Any], on: dict[str, Any], different: list[int]
+    console: Console, engine: Worker, rounds: dict[int, dict[str, Run]], different: list[tuple[int, int]]
 ) -> None:
     """Say where answers part, and how close the target's two best logits are there."""
-    with Worker(TASKS, {"llm": settings}, "speculation off", log=log) as engine:
-        for i in different:
-            a, b = off["tokens"][i], on["tokens"][i]
-            at = next((j for j, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-            apart = engine.ask("gap", number=i, answer=a[:at])
-            console.print(
-                f"texts differ: prompt {QUESTIONS[i]!r}, answer token {at}: {a[at : at + 1]} without, "
-                f"{b[at : at + 1]} with Gumiho; the target's two best logits there are {apart:.2e} apart",
-                style="red",
-                markup=False,
-            )
+    for at_once, number in different:
+        a, b = (rounds[at_once][name].tokens[number] for name in (OFF, ON))
+        at = next((j for j, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        apart = engine.ask("gap", number=number, answer=a[:at])
+        console.print(
+            f"texts differ: prompt {QUESTIONS[number]!r}, answer token {at}: {a[at : at + 1]} without, "
+            f"{b[at : at + 1]} with Gumiho; the target's two best logits there are {apart:.2e} apart",
+            style="red",
+            markup=False,
+        )

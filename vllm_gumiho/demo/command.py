@@ -15,12 +15,13 @@ def demo(
     target: Annotated[str, typer.Option(help=TARGET)] = "smollm2",
     checkpoint: CheckpointOption = "gumiho",
     num_speculative_tokens: Annotated[int, typer.Option(help=TOKENS)] = 7,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 128,
-    concurrency: Annotated[int, typer.Option(help=CONCURRENCY)] = 4,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 96,
+    concurrency: Annotated[int, typer.Option(help=f"{CONCURRENCY} in the second round; the first has one.")] = 4,
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON report to write.")] = Path("out/demo.json"),
 ) -> None:
     """Chat with and without Gumiho, compare texts and speed.  Exit code 1 if a text differs."""
     from vllm_gumiho.demo.chat import run_demo
 
-    if not run_demo(target, checkpoint, num_speculative_tokens, max_tokens, concurrency, output, Console()):
+    loads = (1,) if concurrency == 1 else (1, concurrency)
+    if not run_demo(target, checkpoint, num_speculative_tokens, max_tokens, loads, output, Console()):
         raise typer.Exit(1)

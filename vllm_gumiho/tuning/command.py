@@ -38,7 +38,7 @@ def plan(
     serial_acceptance: Annotated[str | None, typer.Option(help="The same for tokens of serial steps.")] = None,
     head_acceptance: Annotated[str | None, typer.Option(help="The same for tokens of heads.")] = None,
     report: Annotated[
-        Path | None, typer.Option("--from", help="Take accuracies from a JSON report of eval, demo or tune.")
+        Path | None, typer.Option("--from", help="Take accuracies from a JSON report of eval or tune.")
     ] = None,
     concurrency: Annotated[int, typer.Option(help=CONCURRENCY)] = 1,
     serial_steps: Annotated[

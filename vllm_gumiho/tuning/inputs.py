@@ -35,7 +35,7 @@ def step_times(given: str) -> StepTimes:
 
 
 def accuracies(path: Path) -> list[float]:
-    """Conditional accuracies from a report of ``vllm-gumiho eval``, ``demo`` or ``tune``.
+    """Conditional accuracies from a report of ``vllm-gumiho eval`` or ``tune``.
 
     An eval report may hold several runs: the greedy one that drafts most tokens is taken, its mean over the sets.
     Raises: TuningError.
@@ -54,8 +54,7 @@ def accuracies(path: Path) -> list[float]:
             if isinstance(values, list) and values:
                 return [0.0 if value is None else value for value in values]
     raise TuningError(
-        f"{path}: no acceptance per position in it; give the JSON report of vllm-gumiho eval, demo or tune, or "
-        "--acceptance"
+        f"{path}: no acceptance per position in it; give the JSON report of vllm-gumiho eval or tune, or --acceptance"
     )
 
 
