@@ -72,9 +72,7 @@ def _show(found: Sequence[Choice]) -> None:
     batches = list(dict.fromkeys(one.batch for one in found))
     at = {batch: {(one.tree.chain, one.tree.nodes): one for one in found if one.batch == batch} for batch in batches}
     names = [f"batch {batch}" for batch in batches]
-    table = Table(
-        "draft", "spine", "length", *names, title="expected tokens/s over the best chain"
-    )
+    table = Table("draft", "spine", "length", *names, title="expected tokens/s over the best chain")
     for chain, nodes in at[batches[0]]:
         tree = at[batches[0]][chain, nodes].tree
         cells = []
