@@ -16,6 +16,7 @@ from vllm_gumiho.demo.command import demo
 from vllm_gumiho.errors import GumihoError
 from vllm_gumiho.evaluation.command import evaluate, plot_acceptance
 from vllm_gumiho.gpu_check.command import gpu_check
+from vllm_gumiho.gpu_check.tree_gate import tree_gate
 from vllm_gumiho.options import STORED, TARGET, JsonFlag, renamed
 from vllm_gumiho.training.command import features, generate, plot_training, train
 from vllm_gumiho.tuning.command import plan, tune
@@ -154,6 +155,7 @@ app.command(
 app.command("plot-acceptance", rich_help_panel=MEASURE)(plot_acceptance)
 app.command("bench", rich_help_panel=MEASURE, cls=renamed(max_concurrency="concurrency"))(bench)
 app.command("gpu-check", rich_help_panel=MEASURE)(gpu_check)
+app.command("tree-gate", rich_help_panel=MEASURE)(tree_gate)
 app.command("plan", rich_help_panel=MEASURE, cls=renamed(batch="concurrency"))(plan)
 app.command("tune", rich_help_panel=MEASURE, cls=renamed(max_batch="concurrency"))(tune)
 

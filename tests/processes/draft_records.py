@@ -10,7 +10,7 @@ from draft_check import Draft, Record, check
 from torch import Tensor
 
 from vllm_gumiho.drafters import DEFAULT
-from vllm_gumiho.gpu_check.record import watch_drafts
+from vllm_gumiho.engines.record import watch_drafts
 
 
 def runner_of(llm: Any) -> Any:

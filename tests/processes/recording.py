@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_gumiho.gpu_check.record import watch_drafts
+from vllm_gumiho.engines.record import watch_drafts
 
 Drafts = list[tuple[list[int], list[int]]]
 Features = list[list[list[float]]]

@@ -42,7 +42,7 @@ SETTINGS = {
     "top-p": {"temperature": 1.0, "top_p": 0.8},
     "top-k": {"temperature": 1.0, "top_k": 5},
 }
-SEEDS, LENGTH = 200, 10
+SEEDS, LENGTH = 200, 8
 
 
 def sampled(seed: int, max_tokens: int = 12, **more) -> dict:
@@ -172,17 +172,13 @@ def test_runner_v1_refuses_with_the_remedy(tmp_path, models):
     assert "VLLM_USE_V2_MODEL_RUNNER=1" in error
 
 
-@pytest.fixture(scope="module")
-def many(tmp_path_factory, models):
-    """200 seeds a setting, in two batches that requests join and leave as there is room."""
+@pytest.fixture(scope="module", params=SETTINGS)
+def many(tmp_path_factory, models, request):
+    """200 seeds of a setting, 50 at a time: without speculation, by the walk, and by vLLM's rejection sampler."""
     prompts = [encode(text) for text in ("abc", "xyz 1", "12 ", "The q")]
-    steps = {
-        name: generate(
-            [prompts[seed % 4] for seed in range(SEEDS)],
-            [sampled(seed, LENGTH - seed % 3, **setting) for seed in range(SEEDS)],
-        )
-        for name, setting in SETTINGS.items()
-    }
+    setting = SETTINGS[request.param]
+    sampling = [sampled(seed, LENGTH - seed % 3, **setting) for seed in range(SEEDS)]
+    steps = {"seeds": generate([prompts[seed % 4] for seed in range(SEEDS)], sampling)}
     settings = {"max_num_seqs": 50, "max_num_batched_tokens": 400}
     plain = pair(*models, steps, **settings)
     cases = {"off": plain["off"], "stock": plain["on"]}
@@ -191,26 +187,24 @@ def many(tmp_path_factory, models):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", SETTINGS)
-def test_two_hundred_seeds_give_the_same_text(many, name):
-    off, on, stock = (step(many, case, name) for case in ("off", "on", "stock"))
-    assert len(on["result"]) == SEEDS
-    assert tokens(on) == tokens(off)
-    assert sum(a == b for a, b in zip(tokens(stock), tokens(off), strict=True)) < SEEDS
+def test_two_hundred_seeds_give_the_same_text(many):
+    off, on, stock = (tokens(step(many, case, "seeds")) for case in ("off", "on", "stock"))
+    assert len(on) == SEEDS
+    assert on == off
+    assert sum(a == b for a, b in zip(stock, off, strict=True)) < SEEDS
 
 
 @pytest.mark.long
 def test_as_many_drafts_are_accepted_as_by_the_rejection_sampler(many):
-    """First drafts, of independent steps, all settings together."""
+    """First drafts, of as good as independent steps."""
     rates, rounds = [], []
     for case in ("on", "stock"):
-        drafts = sum(step(many, case, name)["counts"]["drafts"] for name in SETTINGS)
-        rates.append(many[case]["facts"]["accepted per position"][0] / drafts)
-        rounds.append(drafts)
+        rounds.append(step(many, case, "seeds")["counts"]["drafts"])
+        rates.append(many[case]["facts"]["accepted per position"][0] / rounds[-1])
     mean = sum(rates) / 2
     error = math.sqrt(mean * (1 - mean) * sum(1 / n for n in rounds))
     assert abs(rates[0] - rates[1]) < 4 * error, (rates, rounds)
-    assert 4 * error < 0.1, "too few steps to tell"
+    assert 4 * error < 0.12, "too few steps to tell"
 
 
 @pytest.mark.long

@@ -40,10 +40,14 @@ def plot_acceptance(
     labels: LabelsOption = None,
     num_speculative_tokens: Annotated[list[int] | None, typer.Option(help="Only runs with this K; repeat.")] = None,
     temperature: Annotated[list[float] | None, typer.Option(help="Only runs at this temperature; repeat.")] = None,
+    ranks: Annotated[
+        bool,
+        typer.Option("--ranks", help="Instead: the choice that the target's token was, of runs made with --rank-hits."),
+    ] = False,
 ) -> None:
     """Plot acceptance per position of several runs side by side, cumulative and conditional."""
     from vllm_gumiho.evaluation import plot
 
     runs = plot.read_runs(reports, labels or [], num_speculative_tokens or [], temperature or [])
-    plot.plot_acceptance(runs, output)
+    (plot.plot_ranks if ranks else plot.plot_acceptance)(runs, output)
     Console().print(f"{output}: {len(runs)} runs", highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from vllm_gumiho.errors import EvalError
 from vllm_gumiho.evaluation import plan
 from vllm_gumiho.evaluation.baseline import Answers, Identity, load, pack
 from vllm_gumiho.evaluation.metrics import differences, mean_over_sets
+from vllm_gumiho.evaluation.rank_hits import add_up
 from vllm_gumiho.evaluation.report import run_title, set_line, show
 from vllm_gumiho.evaluation.sets import Fitting, fit, read_sets
 from vllm_gumiho.evaluation.settings import Settings, check_settings
@@ -70,7 +71,7 @@ def judge(settings: Settings, console: Console) -> dict[str, Any]:
     engines: list[tuple[str, int, tuple[float, ...]]] = [
         (settings.method, length, settings.temperatures) for length in drafter.lengths
     ]
-    if off is None and settings.method != "none" and 0 in settings.temperatures:
+    if off is None and settings.method != "none" and 0 in settings.temperatures and not settings.rank_hits:
         engines.insert(0, ("none", 0, (0.0,)))
     llm = {
         "model": target,
@@ -126,7 +127,9 @@ def _run(
 ) -> list[tuple[dict[str, Any], dict[str, Answers]]]:
     """A run record and the answers for each temperature of one engine."""
     speculative = facts["speculative_config"]
-    job = {"llm": llm | ({"speculative_config": speculative} if speculative else {})}
+    job: dict[str, Any] = {"llm": llm | ({"speculative_config": speculative} if speculative else {})}
+    if settings.rank_hits and speculative:
+        job |= {"llm": job["llm"] | {"enforce_eager": True}, "rank hits": True}
     asked = {name: [{"id": p.id, "turns": p.turns} for p in prompts] for name, prompts in fitting.sets.items()}
     runs: list[tuple[dict[str, Any], dict[str, Answers]]] = []
     # In this one's process: memory and counters of workers are then read where they are.
@@ -152,6 +155,8 @@ def _run(
                 run["sets"][name] = _set(line, facts, off[name] if off and compared else None, fitting.sets[name])
                 console.print(set_line(run, name, run["sets"][name]), highlight=False, markup=False)
             run["mean"] = mean_over_sets(list(run["sets"].values()))
+            if "rank hits" in job:
+                run["mean"]["rank_hits"] = add_up([one["rank_hits"] for one in run["sets"].values()])
             if run["method"] == "none" and temperature == 0:
                 run["outputs"] = {name: pack(fitting.sets[name], of) for name, of in answers.items()}
             runs.append((run, answers))
@@ -172,4 +177,5 @@ def _set(line: dict[str, Any], facts: dict[str, Any], off: Answers | None, promp
         **acceptance(Counts(**line["counts"]), facts["num_speculative_tokens"]),
         "equal": None if found is None else len(prompts) - len(found),
         "different": found or [],
+        **({"rank_hits": line["rank_hits"]} if line["rank_hits"] is not None else {}),
     }

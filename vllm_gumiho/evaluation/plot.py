@@ -49,6 +49,30 @@ def read_runs(
     return found
 
 
+def plot_ranks(runs: list[tuple[str, dict[str, Any]]], output: Path) -> None:
+    """Write a PNG with a panel a run: how often the target's token is each choice, by position, one upon the other.
+
+    Raises: EvalError for a run without rank hits; FigureError without matplotlib, or when the file cannot be written.
+    """
+    for label, run in runs:
+        if "rank_hits" not in run["mean"]:
+            raise EvalError(f"{label}: its run has no rank hits; make the report with --rank-hits")
+    figure = new_figure()
+    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    for axis, (label, run) in zip(panels, runs, strict=True):
+        rates = [[rate or 0.0 for rate in ranks] for ranks in run["mean"]["rank_hits"]["rates"]]
+        positions, below = range(1, len(rates) + 1), [0.0] * len(rates)
+        for rank in range(len(rates[0])):
+            heights = [ranks[rank] for ranks in rates]
+            axis.bar(positions, heights, bottom=below, label=f"{rank + 1}")
+            below = [a + b for a, b in zip(below, heights, strict=True)]
+        axis.set(title=label, xlabel="draft position", ylim=(0, 1))
+        axis.set_xticks(positions)
+    panels[0].set_ylabel("of drafts right up to the position before")
+    panels[-1].legend(title="choice", fontsize="small")
+    save_figure(figure, output)
+
+
 def plot_acceptance(runs: list[tuple[str, dict[str, Any]]], output: Path) -> None:
     """Write a PNG with two panels, cumulative and conditional acceptance per position, mean over the sets.
 

@@ -50,6 +50,8 @@ def show(console: Console, run: dict[str, Any]) -> None:
     if drafts:
         table.add_row("conditional", "", "", "", *map(_rate, run["mean"]["conditional_accuracy_per_position"]), "")
     console.print(table)
+    if "rank_hits" in run["mean"]:
+        _show_ranks(console, run["mean"]["rank_hits"])
     for name, one in run["sets"].items():
         for found in one["different"]:
             console.print(
@@ -60,6 +62,16 @@ def show(console: Console, run: dict[str, Any]) -> None:
                 highlight=False,
                 soft_wrap=True,
             )
+
+
+def _show_ranks(console: Console, found: dict[str, Any]) -> None:
+    """A row a position: how often the target's token was each rank, mean over the sets."""
+    table = Table(title="rank of the target's token, where all before were right", box=SIMPLE, pad_edge=False)
+    for column in ("position", *(f"rank {rank + 1}" for rank in range(len(found["rates"][0]))), "drafts"):
+        table.add_column(column, justify="right")
+    for position, (rates, reached) in enumerate(zip(found["rates"], found["reached"], strict=True), 1):
+        table.add_row(str(position), *map(_rate, rates), str(reached))
+    console.print(table)
 
 
 def _rate(value: float | None) -> str:

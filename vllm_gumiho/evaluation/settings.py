@@ -38,6 +38,12 @@ class Settings:
         None, "No torch.compile, no CUDA graphs.  Default: on a CPU.", "--enforce-eager/--no-enforce-eager"
     )
     seed: int = option(0, "Of sampled answers.")
+    rank_hits: bool = option(
+        False,
+        "Count how often the target's token is the drafter's first to eighth choice at each position, without CUDA "
+        "graphs. Drafts are the same, speeds are not; texts are compared only with a --baseline.",
+        "--rank-hits",
+    )
 
     @property
     def all_turns(self) -> bool:
@@ -68,6 +74,11 @@ def check_settings(settings: Settings) -> None:
             raise EvalError(f"--{name.rstrip('s').replace('_', '-')}: a value is given twice: {list(values)}")
     if any(length < 1 for length in settings.num_speculative_tokens):
         raise EvalError(f"--num-speculative-tokens {min(settings.num_speculative_tokens)}: give whole numbers from 1")
+    if settings.rank_hits and settings.method not in DRAFTERS:
+        raise EvalError(
+            f"--rank-hits looks at the choices of {' and '.join(DRAFTERS)} alone, not of method {settings.method!r}; "
+            "leave it out"
+        )
     if settings.method == "none" and settings.baseline is not None:
         raise EvalError(f"--baseline {settings.baseline}: --method none makes baselines; leave it out")
     if settings.method == "none" and settings.num_speculative_tokens:

@@ -18,6 +18,11 @@ def start(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from vllm.platforms import current_platform
 
     llm, facts = start_engine(job)
+    llm.ranks = None
+    if job.get("rank hits"):
+        from vllm_gumiho.evaluation.rank_hits import Watch
+
+        llm.ranks = Watch(llm)
     if current_platform.is_cpu():
         from vllm_gumiho.plugin.cpu_sampling import correct_expansion
 
@@ -33,16 +38,23 @@ def warm(llm: Any, prompts: list[dict[str, Any]]) -> None:
 def answer_set(
     llm: Any, prompts: list[dict[str, Any]], temperature: float, max_tokens: int, seed: int
 ) -> dict[str, Any]:
-    """``seconds``, ``counts`` and ``answers`` (token ids of each turn, by prompt id) of one set of prompts."""
+    """``seconds``, ``counts`` and ``answers`` (token ids of each turn, by prompt id) of one set of prompts.
+
+    And ``rank_hits``, None where they are not counted.
+    """
     from vllm.utils.torch_utils import set_random_seed
 
     # A set's draws do not depend on which sets came before it.
     set_random_seed(seed)
+    if llm.ranks is not None:
+        llm.ranks.begin()
     before = read_counts(llm.get_metrics())
     start = time.perf_counter()
     answers = _answer(llm, prompts, temperature, max_tokens)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "counts": vars(read_counts(llm.get_metrics()) - before), "answers": answers}
+    counts = vars(read_counts(llm.get_metrics()) - before)
+    hits = None if llm.ranks is None else llm.ranks.hits.plain()
+    return {"seconds": seconds, "counts": counts, "answers": answers, "rank_hits": hits}
 
 
 def _answer(llm: Any, prompts: list[dict[str, Any]], temperature: float, max_tokens: int) -> dict[str, list[list[int]]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_gumiho.gpu_check.record import record_drafts
+from vllm_gumiho.engines.record import record_drafts
 
 
 def start(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -29,7 +29,8 @@ def plan(
         str,
         typer.Option(
             help="Milliseconds: target pass over one token, each further token in it, a serial step, all heads; "
-            "four numbers with commas, or a JSON file with keys target, verify, serial, heads."
+            "four numbers with commas, or a JSON file with keys target, verify, serial, heads; for trees also one with "
+            "pass, a list of [rows, ms], serial and heads."
         ),
     ],
     acceptance: Annotated[
@@ -40,10 +41,21 @@ def plan(
     report: Annotated[
         Path | None, typer.Option("--from", help="Take accuracies from a JSON report of eval or tune.")
     ] = None,
-    concurrency: Annotated[int, typer.Option(help=CONCURRENCY)] = 1,
+    concurrency: Annotated[int | None, typer.Option(help=f"{CONCURRENCY} Default: 1; of trees 1, 2, 4, 8, 16.")] = None,
     serial_steps: Annotated[
         int | None, typer.Option(help="Only splits of a drafter trained with so many serial steps.")
     ] = None,
+    trees: Annotated[
+        bool,
+        typer.Option(
+            "--trees",
+            help="Instead: caterpillar trees of 4 to 64 nodes against chains, by batch size, from an eval report with "
+            "rank hits. With --acceptance, a drafter whose misses are ranked as the report's.",
+        ),
+    ] = False,
+    tree_extra: Annotated[
+        float, typer.Option(help="Milliseconds of a tree beside its rows: top-k, mask, moving the KV cache.")
+    ] = 0.0,
     as_json: JsonFlag = False,
     plot: Annotated[Path | None, typer.Option(help="PNG to write.")] = None,
 ) -> None:
@@ -55,6 +67,13 @@ def plan(
     """
     from vllm_gumiho.tuning import inputs
 
+    if trees:
+        from vllm_gumiho.tuning.tree_report import plan_trees
+
+        steps = 2 if serial_steps is None else serial_steps
+        plan_trees(step_times, report, acceptance, tree_extra, steps, concurrency, as_json, plot)
+        return
+    concurrency = 1 if concurrency is None else concurrency
     times = inputs.step_times(step_times)
     serial, heads = _accuracies(acceptance, serial_acceptance, head_acceptance, report)
     found = options(serial, heads, times, concurrency, serial_steps)

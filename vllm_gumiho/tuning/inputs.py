@@ -58,6 +58,24 @@ def accuracies(path: Path) -> list[float]:
     )
 
 
+def rank_hits(path: Path) -> list[list[float]]:
+    """``[K][ranks]``: how often each choice is right, given that all before were, from an eval report.
+
+    Of the greedy run that drafts most tokens, mean over its sets; positions behind the last that was reached are left
+    out.  Raises: TuningError.
+    """
+    content = _json(path)
+    runs = content.get("runs") if isinstance(content, dict) else None
+    means = [run["mean"] | {"T": run.get("temperature", 0)} for run in runs or () if isinstance(run.get("mean"), dict)]
+    means = [mean for mean in means if isinstance(mean.get("rank_hits"), dict)]
+    if not means:
+        raise TuningError(f"{path}: no rank hits in it; make the report with vllm-gumiho eval --rank-hits")
+    best = min(means, key=lambda mean: (mean["T"] != 0, -len(mean["rank_hits"]["rates"])))
+    rates = best["rank_hits"]["rates"]
+    reached = next((i for i, ranks in enumerate(rates) if None in ranks), len(rates))
+    return [[float(rate) for rate in ranks] for ranks in rates[:reached]]
+
+
 def _marginal(content: Any) -> list[float] | None:
     values = content.get("acceptance_per_position") if isinstance(content, dict) else None
     if not isinstance(values, list) or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in values):
