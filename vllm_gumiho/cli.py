@@ -13,6 +13,7 @@ from rich.table import Table
 
 from vllm_gumiho.benchmark.command import bench
 from vllm_gumiho.demo.command import demo
+from vllm_gumiho.env import PLUGINS
 from vllm_gumiho.errors import GumihoError
 from vllm_gumiho.evaluation.command import evaluate, plot_acceptance
 from vllm_gumiho.gpu_check.command import gpu_check
@@ -71,7 +72,13 @@ def check(
             state = f"[red]{finding.problem}" if finding.problem else "[green]ok"
             table.add_row(f"{hook.module}.{hook.name}", hook.use, hook.why, state)
         console.print(table)
-    message = mismatch_message(serving, vllm_version())
+    named = PLUGINS.get()
+    left_out = named is not None and "gumiho" not in named.split(",")
+    message = mismatch_message(serving, vllm_version()) or (
+        f"{PLUGINS.name}={named} leaves this plugin out: vLLM then knows no method gumiho; add gumiho to it"
+        if left_out
+        else None
+    )
     if message is not None:
         console.print(message, style="red", markup=False)
         raise typer.Exit(1)

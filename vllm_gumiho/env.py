@@ -61,8 +61,22 @@ BREAKABLE_GRAPHS = Variable(
 ONE_PROCESS = Variable(
     "VLLM_ENABLE_V1_MULTIPROCESSING", "vLLM's; `tune`, `eval` and `bench` set it to `0` for engines in one process."
 )
+PLUGINS = Variable(
+    "VLLM_PLUGINS", "vLLM's: the plugins that it loads, with commas; `gumiho` must be among them.", "all"
+)
 SCOPES = Variable("VLLM_CUSTOM_SCOPES_FOR_PROFILING", "vLLM's; `bench` sets it to `1` to time the parts of a step.")
-OTHERS = (CACHE_ROOT, CONFIG_HOME, V2_RUNNER, CPU_KV_SPACE, OFFLINE, NO_STATS, BREAKABLE_GRAPHS, ONE_PROCESS, SCOPES)
+OTHERS = (
+    CACHE_ROOT,
+    CONFIG_HOME,
+    V2_RUNNER,
+    CPU_KV_SPACE,
+    OFFLINE,
+    NO_STATS,
+    BREAKABLE_GRAPHS,
+    ONE_PROCESS,
+    PLUGINS,
+    SCOPES,
+)
 
 
 def cache_folder() -> Path:

@@ -46,7 +46,7 @@ def test_features_of_another_type_meet_the_rows(weights, features, method):
     head = lm_head(weights, method)
     draft = DraftHead(head, IDS, "CKPT")
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).to(features)
-    logits = draft.logits(x, 8)
+    logits = draft.spread(draft.draft_logits(x), 8)
     assert logits.dtype == weights
     torch.testing.assert_close(logits[:, IDS], x.to(weights) @ head.weight[IDS].T, rtol=2e-2, atol=2e-2)
     assert logits[:, [0, 2, 3, 5, 7]].eq(-torch.inf).all()

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "benchmark": "drafters engines env errors evaluation figures files options",
     "demo": "drafters engines files options request",
     "gpu_check": "benchmark drafters engines env errors files kernels",
-    "cli": "benchmark demo drafters engines errors evaluation gpu_check options plugin request training tuning",
+    "cli": "benchmark demo drafters engines env errors evaluation gpu_check options plugin request training tuning",
     "__init__": "plugin version",
 }
 # A drafter names its runners for vLLM to make, and a runner knows its drafter: the one pair that knows each other.

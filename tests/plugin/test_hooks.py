@@ -141,7 +141,13 @@ def original(self, target, parallel):
 @pytest.fixture
 def rewriting(monkeypatch):
     asked = []
-    made = SimpleNamespace(is_auto=False, is_confident=False, for_vllm=lambda: {"method": "eagle", "model": "/made"})
+    made = SimpleNamespace(
+        is_confident=False,
+        needs_one_kv_group=lambda target: getattr(target, "model", "") == "torn",
+        drafter=SimpleNamespace(title="Gumiho"),
+        is_auto=False,
+        for_vllm=lambda: {"method": "eagle", "model": "/made"},
+    )
     monkeypatch.setattr(request, "resolve", lambda *args: asked.append(args) or made)
     return asked
 
@@ -165,6 +171,14 @@ def test_a_request_by_flags_or_dict_is_rewritten_and_the_arguments_stay(given, r
     assert (seen["spec_method"], seen["spec_model"], seen["spec_tokens"]) == (None, None, None)
     assert (target, parallel) == ("target", "parallel")
     assert vars(args) == before
+
+
+def test_draft_layers_that_would_be_torn_apart_turn_off_what_tears_them(rewriting, caplog):
+    target = SimpleNamespace(model="torn")
+    args = arguments(speculative_config={"method": "gumiho"}, disable_hybrid_kv_cache_manager=None)
+    patches._create_speculative_config(original, None)(args, target, "parallel")
+    assert args.disable_hybrid_kv_cache_manager is True
+    assert args.speculative_config == {"method": "gumiho"}
 
 
 @pytest.mark.parametrize("refusal", [None, "refused"])

@@ -277,6 +277,17 @@ def test_check_names_the_checkpoint_that_fits(tmp_path, monkeypatch):
     assert check_target(str(folder)).checkpoint == "amd/Gumiho-llama3-8b"
 
 
+@pytest.mark.parametrize(("named", "code"), [("other", 1), ("other,gumiho", 0), (None, 0)])
+def test_check_says_that_vllm_is_told_to_leave_the_plugin_out(named, code, monkeypatch):
+    """Else vLLM ends with its list of methods."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if named is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", named)
+    ran = CliRunner().invoke(app, ["check"])
+    assert ran.exit_code == code
+    assert ("leaves this plugin out" in " ".join(ran.output.split())) == bool(code)
+
+
 def test_check_refuses_what_cannot_be_served(tmp_path):
     from transformers import T5Config
 

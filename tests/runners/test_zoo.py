@@ -23,6 +23,8 @@ PROMPTS = [[3 + (i * 7 + j * 5) % 150 for j in range(zoo.WINDOW + 8 - 15 * i)] f
 STEPS = ("7", "3", "1")
 QUICK = ("gemma2", "gpt2")
 IN_V2 = ("mistral", "gemma2", "gemma3 in turn", "phi", "gpt2")
+# Of a soft cap, a scale, a bias of logits: their drafts are drawn, too.
+DRAWN = ("gemma2", "granite", "phi")
 UNSERVED = {"qwen2_vl"}
 REST = [name for name in zoo.ZOO if name not in QUICK and name not in UNSERVED]
 # Kinds of one engine process each.
@@ -69,6 +71,10 @@ def results(tmp_path_factory):
                 drafting = {"method": "gumiho", "model": str(head), "num_speculative_tokens_per_batch_size": SCHEDULE}
                 for on, speculative in (("off", None), ("on", drafting)):
                     cases[f"{name} {on}"] = case(target, speculative, calls) | {"keep features": True}
+                if name in DRAWN:
+                    hot = [{"prompts": PROMPTS, "sampling": sampling | {"temperature": 1.0}}]
+                    drawing = {"method": "gumiho", "model": str(head), "draft_sample_method": "probabilistic"}
+                    cases[f"{name} drawn"] = case(target, drawing, hot) | {"keep features": True}
             _done[runner, group] = run(tmp_path_factory.mktemp("engines"), cases, runner), pairs
         return _done[runner, group]
 
@@ -93,6 +99,16 @@ def test_a_kind_of_target_is_trained_for_and_served(results, key, record_propert
     assert_the_head_is_whole(head)
     for what in ("trained", runner.upper()):
         record_property("target", [name, what])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in DRAWN]
+)
+def test_drafts_are_drawn_by_the_targets_own_bias_scale_and_soft_cap(results, name):
+    """`run` holds each distribution that drafts are drawn from to the equations and what follows the LM head."""
+    found, _ = results(("v1", name))
+    assert step(found, f"{name} drawn", "0")["counts"]["drafted"] > 0
+    assert found[f"{name} drawn"]["facts"]["drafts"]["compared"] > 50
 
 
 def assert_features_are_those_of_training(kind: zoo.Kind, target: Path, features: list) -> None:

@@ -190,6 +190,8 @@ def test_generated_conversations_are_the_targets_own_and_go_on_after_a_kill(tmp_
         "conversations": 1,
         "answer_tokens": sum(len(t["answer"]) for t in new["turns"]),
         "too_long": 1,
+        "cut_by_length": int(len(new["turns"]) < 2) - counts["cut_by_template"],
+        "cut_by_template": counts["cut_by_template"],
         "repeats": 0,
         "checked": 6,
     }

@@ -115,6 +115,6 @@ def _take_speculative_model(original: Callable[..., None]) -> Callable[..., None
                 raise ValueError("speculative_model= and spec_model= say the same; give one of them")
             kwargs["spec_model"] = speculative_model
         original(self, *args, **kwargs)
-        check_verifier(str(self.model))
+        check_verifier(str(getattr(self, "model", "")))
 
     return initialise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,8 @@ def check_target(target: str) -> Verdict:
 
 
 def _unknown_to_vllm(target: str, architecture: str) -> str | None:
-    from vllm import ModelRegistry
-
-    if architecture in ModelRegistry.get_supported_archs():
+    registry = importlib.import_module("vllm.model_executor.models.registry")
+    if architecture in registry.ModelRegistry.get_supported_archs():
         return None
     named = architecture or "a config without architectures"
     return f"target {target}: vLLM has no class for {named}; use another target"
