@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from vllm_gumiho.demo.picture import Picture, answers, in_words, speeds
+from vllm_gumiho.demo.picture import Picture, Run, answers, in_words, speeds
 from vllm_gumiho.drafters import PER_REQUEST
 from vllm_gumiho.drafters.checkpoints import open_checkpoint
 from vllm_gumiho.engines.counters import Counts, ratio
@@ -28,30 +27,6 @@ OFF, ON = "speculation off", "Gumiho"
 # An engine that had its turn looks for work for a second more before it leaves the cores.
 REST_S = 1.2
 SLICE_S = 0.2
-
-
-@dataclass
-class Run:
-    """What an engine wrote at one concurrency: ``tokens`` and ``texts`` by question."""
-
-    tokens: dict[int, list[int]] = field(default_factory=dict)
-    texts: dict[int, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    counts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def written(self) -> int:
-        return sum(map(len, self.tokens.values()))
-
-    @property
-    def speed(self) -> float:
-        """Output tokens/s, prompts included."""
-        return ratio(self.written, self.seconds)
-
-    def add(self, found: dict[str, Any]) -> None:
-        self.tokens |= {int(number): tokens for number, tokens in found["tokens"].items()}
-        self.texts |= {int(number): text for number, text in found["texts"].items()}
-        self.seconds += found["seconds"]
 
 
 def run_demo(

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from vllm_gumiho.engines.counters import ratio
 from vllm_gumiho.engines.prompts import QUESTIONS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from vllm_gumiho.demo.chat import Run
-
 _SHOWN = 700
+
+
+@dataclass
+class Run:
+    """What an engine wrote at one concurrency: ``tokens`` and ``texts`` by question."""
+
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    counts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def written(self) -> int:
+        return sum(map(len, self.tokens.values()))
+
+    @property
+    def speed(self) -> float:
+        """Output tokens/s, prompts included."""
+        return ratio(self.written, self.seconds)
+
+    def add(self, found: dict[str, Any]) -> None:
+        self.tokens |= {int(number): tokens for number, tokens in found["tokens"].items()}
+        self.texts |= {int(number): text for number, text in found["texts"].items()}
+        self.seconds += found["seconds"]
 
 
 class Picture:
