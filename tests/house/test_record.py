@@ -58,3 +58,11 @@ def test_a_run_of_some_files_leaves_the_entries_of_others(file):
         "tests/a.py": (1, []),
         "tests/b.py": (1, []),
     }
+
+
+def test_kinds_of_target_are_kept_from_run_to_run_unless_they_fail(tmp_path):
+    recorder = Recorder(tmp_path / "record.json")
+    recorder.targets["t.py"] = {("llama", "V1"), ("llama", "trained")}
+    assert recorder.targets_of("t.py", [["gemma2", "V2"]]) == [["gemma2", "V2"], ["llama", "V1"], ["llama", "trained"]]
+    recorder.failed["t.py"] = ["test_it[v2 gemma2]"]
+    assert recorder.targets_of("t.py", [["gemma2", "V2"], ["gemma2 b", "V1"]])[0] == ["gemma2 b", "V1"]

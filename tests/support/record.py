@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -47,13 +48,22 @@ class Recorder:
             if name == "feature":
                 self.rows.setdefault(file, {}).setdefault(tuple(row), set()).add(outcome)
 
+    def targets_of(self, file: str, before: Iterable[list[str]]) -> list[list[str]]:
+        """What was shown of kinds of target in this run, and in those before where it was not run, or passed, in this.
+
+        A test of a kind has runner and kind in its name, ``[v1 llama]``.
+        """
+        failed = self.failed.get(file, ())
+        kept = {tuple(row) for row in before if not any(name.endswith(f" {row[0]}]") for name in failed)}
+        return sorted(map(list, kept | self.targets.get(file, set())))
+
     def pytest_sessionfinish(self) -> None:
         record = json.loads(self.file.read_text()) if self.file.exists() else {"files": {}}
         record |= {"versions": versions(), "date": datetime.date.today().isoformat()}
         for file in {*self.passed, *self.skipped, *self.failed}:
             rows = self.rows.get(file, {})
-            targets = self.targets.get(file)
-            record["files"][file] = ({"targets": sorted(map(list, targets))} if targets else {}) | {
+            targets = self.targets_of(file, record["files"].get(file, {}).get("targets", ()))
+            record["files"][file] = ({"targets": targets} if targets else {}) | {
                 "passed": self.passed[file],
                 "skipped": dict(sorted(self.skipped.get(file, {}).items())),
                 "failed": sorted(self.failed.get(file, [])),

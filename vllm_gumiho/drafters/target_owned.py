@@ -79,7 +79,7 @@ class TargetHead:
                 f"vLLM has put no LM head of {type(target).__name__} in the draft's place for it; serve this target "
                 "without speculation"
             )
-        theirs = getattr(language_model(target), "logits_processor", None)
+        theirs = getattr(language_model(target), "logits_processor", None) or getattr(target, "logits_processor", None)
         theirs = getattr(theirs, "base_layer", theirs)
         self.logits_processor.scale = getattr(theirs, "scale", 1.0)
         self.logits_processor.soft_cap = getattr(theirs, "soft_cap", None)

@@ -17,6 +17,15 @@ from vllm_gumiho.runners import finish_loading, leave_single_launch, logger, vie
 from vllm_gumiho.runners.draft_length import DraftLengths, chances_of_drawn, chances_of_greedy
 
 
+def places_in_texts(cad: CommonAttentionMetadata, rows: int) -> Tensor:
+    """Where each row of a batch stands in its request's text, ``[rows]``, by the batch's lengths."""
+    starts = cad.query_start_loc
+    numbers = torch.arange(rows, device=starts.device, dtype=starts.dtype)
+    owner = torch.searchsorted(starts[1:], numbers, right=True)
+    first = cad.seq_lens - starts[1:] + starts[:-1]
+    return first[owner] + numbers - starts[owner]
+
+
 class DraftProposer(EagleProposer):
     """What every drafter of ours does in V1: says what drafts and how, and finds greedy tokens by its own model.
 
@@ -74,7 +83,13 @@ class DraftProposer(EagleProposer):
     def set_inputs_first_pass(
         self, *args: Any, next_token_ids: Tensor, cad: CommonAttentionMetadata, **kwargs: Any
     ) -> tuple[int, Tensor, CommonAttentionMetadata]:
-        """As the base class; a request of which more is to be prefilled goes on with its own next token."""
+        """As the base class; a request of which more is to be prefilled goes on with its own next token.
+
+        Draft layers have one rotary position a token, its place in the text, where the target has rows and columns.
+        """
+        positions = kwargs.get("target_positions")
+        if positions is not None and positions.ndim == 2:
+            kwargs["target_positions"] = places_in_texts(cad, positions.shape[1])[None]
         batch, self._batch = self._batch, None
         self._unfinished_prompts = self._unfinished_prompts[:0]
         if batch is not None and cad.seq_lens_cpu_upper_bound is not None:
