@@ -50,7 +50,9 @@ def test_kernels_in_the_interpreter(tmp_path, name):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", ["V1 eager", "V1 graphs", "V2 eager", "V2 graphs"])
+@pytest.mark.parametrize(
+    "name", ["V1 eager", "V1 graphs", "V2 eager", pytest.param("V2 graphs", marks=pytest.mark.long)]
+)
 def test_engines_on_the_cpu(tmp_path, name):
     part = dry_run(tmp_path, name)[name]
     assert (part["state"], part["problems"]) == (HOLDS, [])
@@ -60,7 +62,7 @@ def test_engines_on_the_cpu(tmp_path, name):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", ["tensor parallel 2", "speed of engines"])
+@pytest.mark.parametrize("name", ["tensor parallel 2", pytest.param("speed of engines", marks=pytest.mark.long)])
 def test_ranks_and_speed_on_the_cpu(tmp_path, name):
     part = dry_run(tmp_path, name)[name]
     assert (part["state"], part["problems"]) == (HOLDS, [])

@@ -96,6 +96,7 @@ def test_a_measuring_engine_answers(spoken_target, tiny_checkpoint):
             engine.ask("step", batch=1, length=3, switch=False, seconds=0.01)
 
 
+@pytest.mark.long
 def test_real_requests_meet_a_schedule_in_turn_with_no_speculation(monkeypatch, spoken_target, tiny_checkpoint):
     """A tiny target never gets ten times as fast by drafts: the planted schedule is taken back."""
     started: list[MeasuringEngine] = []
