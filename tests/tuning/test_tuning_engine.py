@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 from engines import case, environment, run_engines
+from fakes import measurement
 from places import PROCESSES
 
 from vllm_gumiho.errors import EngineError
@@ -121,7 +122,8 @@ def test_real_requests_meet_a_schedule_in_turn_with_no_speculation(monkeypatch, 
         "single": 7,
         "reason": "planted",
         "above": None,
-        "measurement": {"seconds": 0.0},
+        "row_cost": 0.05,
+        "measurement": measurement(one=(10.3, 12.0)),
     }
     plan = Plan(max_batch=2, rounds=2, answer_tokens=4, max_loss=-9.0)
     speculative = {"method": "gumiho", "model": str(tiny_checkpoint)}
@@ -129,14 +131,16 @@ def test_real_requests_meet_a_schedule_in_turn_with_no_speculation(monkeypatch, 
     assert {name: {size: len(runs) for size, runs in line.items()} for name, line in found["verified"].items()} == {
         "off": {"1": 2, "2": 2},
         "schedule": {"1": 2, "2": 2},
+        "confident": {"1": 2, "2": 2},
     }
     assert all(speed > 0 for line in found["verified"].values() for runs in line.values() for speed in runs)
     assert (found["schedule"], found["withdrawn"]) == (None, record["schedule"])
     assert "measured" in found["reason"]
-    off, on = started
+    off, on, by_request = started
     assert (off.settings["speculative_config"], off.started["draft_length"], off.serving) == (None, 0, True)
     assert on.settings["speculative_config"]["num_speculative_tokens_per_batch_size"] == record["schedule"]
     assert (on.started["draft_length"], on.serving) == (5, True)
+    assert by_request.settings["speculative_config"]["num_speculative_tokens_per_request"] == 0.05
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,8 @@ def verified(
         configs[f"K={most}"] = {**speculative, TOKENS: most}
     if schedule is not None:
         configs["schedule"] = {**speculative, TOKENS: max(length for *_, length in schedule), SCHEDULE: schedule}
-    costs = costs_of(record["measurement"])
-    confident = confident_schedule(costs) if record["measurement"]["runner"] == "V1" else None
+    by_request = record["measurement"]["runner"] == "V1"
+    confident = confident_schedule(costs_of(record["measurement"])) if by_request else None
     if confident is not None:
         lengths = {TOKENS: max(length for *_, length in confident), SCHEDULE: confident}
         configs[CONFIDENT] = {**speculative, **lengths, PER_REQUEST: record["row_cost"]}
