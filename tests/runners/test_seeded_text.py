@@ -229,3 +229,18 @@ def test_a_real_model_keeps_its_seeded_text(tmp_path, embedded_target):
     results = run(tmp_path, cases, "v2")
     assert tokens(step(results, "on", "seeded")) == tokens(step(results, "off", "seeded"))
     assert step(results, "on", "seeded")["counts"]["accepted"] > 0
+
+
+@pytest.mark.long
+def test_drafts_that_adaptive_verification_trims_change_no_text(tmp_path, models):
+    """Rows are then compacted on the device, where the host does not know whose they are."""
+    steps = {
+        "seeded": generate([encode(text) for text in ("ABCDEFGH", "q{Z!", "x~3Y")] * 2, [sampled(s) for s in range(6)])
+    }
+    cases = pair(*models, steps, speculative=SAME | {"enable_adaptive_verification": True})
+    cases["on"]["plant"] = "adaptive"
+    results = run(tmp_path, cases, "v2")
+    verified = results["on"]["facts"]["verification"]
+    assert 0 < verified["verified"] < verified["scheduled"]
+    assert tokens(step(results, "on", "seeded")) == tokens(step(results, "off", "seeded"))
+    assert step(results, "on", "seeded")["counts"]["accepted"] > 0

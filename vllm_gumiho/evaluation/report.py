@@ -67,7 +67,7 @@ def show(console: Console, run: dict[str, Any]) -> None:
 def _show_ranks(console: Console, found: dict[str, Any]) -> None:
     """A row a position: how often the target's token was each rank, mean over the sets."""
     table = Table(title="rank of the target's token, where all before were right", box=SIMPLE, pad_edge=False)
-    for column in ("position", *(f"rank {rank + 1}" for rank in range(len(found["rates"][0]))), "drafts"):
+    for column in ("position", *(str(rank + 1) for rank in range(len(found["rates"][0]))), "drafts"):
         table.add_column(column, justify="right")
     for position, (rates, reached) in enumerate(zip(found["rates"], found["reached"], strict=True), 1):
         table.add_row(str(position), *map(_rate, rates), str(reached))
