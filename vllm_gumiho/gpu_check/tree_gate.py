@@ -40,7 +40,7 @@ class Grid:
     on_cpu: bool = False
 
 
-DRY = Grid("tiny", (2, 3), (1, 4), (16, 32), 1, True)
+DRY = Grid("tiny", (2, 3), (1, 4), (32,), 1, True)
 
 
 def tree_gate(
