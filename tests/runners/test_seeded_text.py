@@ -109,7 +109,7 @@ def same(a: dict, b: dict) -> bool:
     return all(a[field] == b[field] for field in ("tokens", "texts", "finish", "stop"))
 
 
-@pytest.mark.feature("per-request seeds", "V2")
+@pytest.mark.feature("seeded text as without speculation", "V2")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_seeded_request_gives_what_it_gives_without_speculation(results, name):
     off, on = (step(results, case, "batch")["result"][NAMES.index(name)] for case in ("off", "on"))

@@ -50,9 +50,12 @@ FEATURES: dict[str, tuple[str, str]] = {
     "custom logits processors": (LIKE_EAGLE, "by vLLM, with any speculation"),
     "per-request seeds": (
         "repeatable",
-        'V2 with `"seeded_text": "same"`: the tokens of speculation off, as far as tested; by default other draws, '
-        "and others again where a step's token budget cuts drafts short; V1 has the default alone, and the CPU build "
-        "fails there with a seeded prompt in chunks, with or without Gumiho",
+        "by default not the draws of speculation off, and others again where a step's token budget cuts drafts short; "
+        "the CPU build fails with a seeded prompt in chunks in V1, with or without Gumiho",
+    ),
+    "seeded text as without speculation": (
+        SAME,
+        'sampled requests with a seed, by `"seeded_text": "same"`; greedy drafts; refused in V1 with the remedy',
     ),
     "n > 1": (SAME, ""),
     "structured output: JSON schema, regex, grammar, choice": (SAME, "xgrammar"),
