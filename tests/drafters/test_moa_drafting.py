@@ -13,6 +13,7 @@ import tiny
 import tiny_moa
 import torch
 from engines import CORES, GREEDY, UNEQUAL_PROMPTS, case, generate, greedy, run, step, tokens
+from tiny_moa import Wanted
 
 pytestmark = pytest.mark.engine
 LENGTHS = (1, 3, 7)
@@ -67,24 +68,9 @@ def results(request, tmp_path_factory, target, checkpoint):
     return found
 
 
-class Wanted:
-    """Drafts by the equations, each text's once."""
-
-    def __init__(self, target: Path, checkpoint: Path):
-        self.reference, self.target = tiny_moa.reference(target, checkpoint), tiny_moa.TargetStates(target)
-        self.longest: dict[tuple[int, ...], tuple[list[int], torch.Tensor]] = {}
-
-    def after(self, text: list[int], length: int) -> tuple[list[int], torch.Tensor]:
-        found = self.longest.get(tuple(text))
-        if found is None or len(found[0]) < length:
-            found = self.reference.draft(torch.tensor(text), self.target.states(text[:-1]), length)
-            self.longest[tuple(text)] = found
-        return found[0][:length], found[1][:length]
-
-
 @pytest.fixture(scope="module")
 def wanted(target, checkpoint) -> Wanted:
-    return Wanted(target, checkpoint)
+    return Wanted(tiny_moa.reference(target, checkpoint), tiny_moa.TargetStates(target))
 
 
 CASES = [*(f"k{length}" for length in reversed(LENGTHS)), "chunks", "few", "workers"]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from vllm_gumiho.training import attention
 from vllm_gumiho.training.attention import Sight
-from vllm_gumiho.training.objective import Candidates, soft_cross_entropy
+from vllm_gumiho.training.candidates import Candidates, soft_cross_entropy
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 # A sequence longer than a block, one without anchors, one of one token.
@@ -91,7 +91,7 @@ def test_no_anchors_leave_every_input_a_gradient(all_queries):
 @pytest.mark.parametrize("drawn", [0, 30])
 @pytest.mark.parametrize("rows", [3, 512])
 def test_the_cross_entropy_and_its_gradient_are_autograds(monkeypatch, drawn, rows):
-    monkeypatch.setattr("vllm_gumiho.training.objective._LOGIT_ROWS", rows)
+    monkeypatch.setattr("vllm_gumiho.training.candidates._LOGIT_ROWS", rows)
     torch.manual_seed(0)
     table, x = torch.randn(100, 8), torch.randn(7, 8, requires_grad=True)
     labels = torch.randint(100, (10,))
