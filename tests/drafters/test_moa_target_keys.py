@@ -77,7 +77,7 @@ def results(tmp_path_factory, folders):
     of_kind = {kind: recorded(folders, kind) for kind in TARGETS}
     plain = {f"{kind} off": case(target, None, **CHUNKS) | {"steps": STEPS} for kind, (target, _) in folders.items()}
     found = run(tmp_path_factory.mktemp("v1"), of_kind | plain)
-    workers = {"workers": recorded(folders, "qwen3", tensor_parallel_size=2)}
+    workers = {"workers": recorded(folders, "qwen3", tensor_parallel_size=2, max_num_batched_tokens=75)}
     found |= run(tmp_path_factory.mktemp("workers"), workers, env=CORES)
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tiny
 import torch
@@ -75,26 +76,32 @@ def reference(target: Path, checkpoint: Path, **changes) -> ReferenceMoa:
     )
 
 
+def _model(target: Path | Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32) if isinstance(target, Path) else target
+
+
 class TargetStates:
     """States of a target by another implementation: ``states(tokens) [T, m, H]``, at the input of each layer named.
 
     Layer number L of a target of L layers is the state after its last layer, before the final norm.
     """
 
-    def __init__(self, target: Path, layers: tuple[int, ...] = LAYERS):
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    def __init__(self, target: Path | Any, layers: tuple[int, ...] = LAYERS):
+        """target: a folder, or transformers' model."""
+        self.model = _model(target)
         self.layers = layers
         self.last: Tensor | None = None
-        self.model.model.layers[-1].register_forward_hook(self._keep)
 
     def _keep(self, module: torch.nn.Module, given: tuple, out: Tensor | tuple) -> None:
         self.last = out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
     def states(self, tokens: list[int]) -> Tensor:
+        hook = self.model.model.layers[-1].register_forward_hook(self._keep)
         held = self.model.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+        hook.remove()
         assert self.last is not None
         inputs = [*held[:-1], self.last.view(1, len(tokens), -1)]
         return torch.stack([inputs[layer][0] for layer in self.layers], dim=1)
@@ -103,10 +110,9 @@ class TargetStates:
 class TargetCache:
     """Keys and values of a target by another implementation: ``states(tokens) [T, L, 2 * heads * D]``."""
 
-    def __init__(self, target: Path):
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    def __init__(self, target: Path | Any):
+        """target: a folder, or transformers' model."""
+        self.model = _model(target)
 
     @torch.no_grad()
     def states(self, tokens: list[int]) -> Tensor:
