@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import tiny
 import tiny_moa
@@ -10,11 +12,13 @@ import torch.nn.functional as F
 from reference_moa import ReferenceMoa
 from transformers import AutoModelForCausalLM
 
+from vllm_gumiho.errors import RecipeError
 from vllm_gumiho.training.block_objective import BlockObjective, hits, losses
 from vllm_gumiho.training.blocks import Chains, Text, anchor_rows, own_chains
 from vllm_gumiho.training.recipe import Recipe
 from vllm_gumiho.training.recipes import objective_of
 from vllm_gumiho.training.target import FrozenTarget
+from vllm_gumiho.training.target_head import LmHead
 from vllm_gumiho.training.unrolling import valid_anchors
 
 # Two conversations in a row, then padding: prompts of 3, answers of the rest.
@@ -143,9 +147,18 @@ def test_the_target_judges_own_tokens_as_if_they_were_the_text(text, batch, targ
         close(judged[0, number], wanted)
 
 
+@pytest.mark.parametrize("change", [{"layer_types": ["sliding_attention"] * 4}, {"sliding_window": 8}])
+def test_a_target_of_windows_judges_no_own_tokens(text, target, change):
+    frozen = FrozenTarget(copy.deepcopy(target[1]), name="TARGET")
+    for name, value in change.items():
+        setattr(frozen.model.config, name, value)
+    with pytest.raises(RecipeError, match=r"own_tokens: target TARGET attends in another way .* train without --own"):
+        Chains(text, torch.tensor([[3]]), torch.tensor([[[5, 6]]])).judged(frozen)
+
+
 def test_states_are_those_at_the_layers_inputs_and_are_stored(tmp_path, batch, target):
     folder, model = target
-    found = FrozenTarget(model, None, LAYERS).features(batch)
+    found = FrozenTarget(model, layers=LAYERS).features(batch)
     states = tiny_moa.TargetStates(folder, LAYERS)
     for start, length in ((0, 15), (15, 9)):
         tokens = batch["input_ids"][0, start : start + length].tolist()
@@ -157,7 +170,7 @@ def test_states_are_those_at_the_layers_inputs_and_are_stored(tmp_path, batch, t
             )
     FrozenTarget(model, tmp_path).features(batch)
     for _ in range(2):
-        stored = FrozenTarget(model, tmp_path, LAYERS).features(batch)
+        stored = FrozenTarget(model, tmp_path, layers=LAYERS).features(batch)
         assert stored.dtype == torch.bfloat16
         torch.testing.assert_close(stored.float(), found, rtol=2**-8, atol=1e-6)
     assert len(list(tmp_path.glob("*.features"))) == 2
@@ -192,7 +205,7 @@ def test_the_loss_weighs_depths_and_anchors_as_it_says(monkeypatch, drafter, tex
     anchors = torch.arange(T)[None] // 3 * 3
     anchors[0, 15:17] = torch.tensor([15, 16])
     monkeypatch.setattr("vllm_gumiho.training.block_objective.anchor_rows", lambda *_: anchors)
-    total, parts = losses(drafter, objective, *tables, batch, features, torch.arange(4), 0.0, None)
+    total, parts = losses(drafter, objective, tables[0], LmHead(tables[1]), batch, features, torch.arange(4), 0.0, None)
     x, hidden, ids = text.tokens(), features[0, :, : tiny.HIDDEN], batch["input_ids"][0]
     by_block, at_once = text.drafted(x, anchors)[0], text.drafted(x, torch.arange(T)[None])[0]
     wanted = 0.0
@@ -231,7 +244,9 @@ def test_own_tokens_are_weighed_by_what_the_target_keeps(monkeypatch, drafter, t
         "vllm_gumiho.training.block_objective.own_chains", lambda *a: made.append(own_chains(*a)) or made[-1]
     )
     torch.manual_seed(5)
-    total, parts = losses(drafter, objective, *tables, batch, features, torch.arange(4), 1.0, Judge())
+    total, parts = losses(
+        drafter, objective, tables[0], LmHead(tables[1]), batch, features, torch.arange(4), 1.0, Judge()
+    )
     (chains,) = made
     drafted = Chains(text, chains.anchors, chains.tokens[..., :-1]).drafted()
     hidden = features[0, :, : tiny.HIDDEN]
@@ -260,7 +275,7 @@ def test_hits_are_counted_from_every_token_of_an_answer(drafter, reference, tabl
         tokens, _ = from_anchor(reference, batch | {"input_ids": ids}, features, row, 3, own=True)
         ids[0, row + 2 : row + 4] = torch.tensor(tokens[:2])
     batch = batch | {"input_ids": ids}
-    found = torch.stack(hits(drafter, *tables, batch, features))
+    found = torch.stack(hits(drafter, tables[0], LmHead(tables[1]), batch, features))
     wanted = torch.zeros_like(found)
     depths = [valid_anchors(batch["segments"], batch["answer"], depth)[0] for depth in range(1, found.shape[1] + 1)]
     for row in depths[0].nonzero()[:, 0].tolist():
@@ -282,5 +297,5 @@ def test_the_recipes_train_the_depths_that_they_say(drafter, tables, recipe, rea
     features = torch.randn(count, length, (1 + len(LAYERS)) * tiny.HIDDEN)
     objective = objective_of(Recipe("target", ["data"], "run", recipe=recipe, candidates=0))
     torch.manual_seed(1)
-    _, parts = losses(drafter, objective, *tables, batch, features, torch.arange(4), 0.0, None)
+    _, parts = losses(drafter, objective, tables[0], LmHead(tables[1]), batch, features, torch.arange(4), 0.0, None)
     assert max(int(name.split("_")[1]) for name in parts) == reached

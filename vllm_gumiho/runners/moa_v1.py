@@ -22,12 +22,11 @@ class MoaProposer(DraftProposer):
         super().load_model(target_model)
         self.model.read_target(target_model)
 
-    @torch.inference_mode()
-    def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Tensor:
-        """Draft token ids ``[B, K]``; arguments as in the base class, states of several layers side by side."""
+    def _draft(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Tensor:
+        """As the base class, after states of several layers side by side have become features."""
         states = self._split(kwargs.pop("target_hidden_states"))
         features = self.model.features_of(states, kwargs["target_positions"])
-        return super().propose(num_speculative_tokens, *args, target_hidden_states=features, **kwargs)
+        return super()._draft(num_speculative_tokens, *args, target_hidden_states=features, **kwargs)
 
     def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class; the features of the batch's rows go into the cross-attention's cache."""

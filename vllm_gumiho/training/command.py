@@ -69,7 +69,7 @@ def features(
     from vllm_gumiho.training.target import open_target
     from vllm_gumiho.training.target_model import refuse_placeholders
 
-    opened = open_target(find_target(target), feature_cache, layers=tuple(sorted(target_layers or ())))
+    opened = open_target(find_target(target), feature_cache, layers=lambda _: tuple(sorted(target_layers or ())))
     samples = read_samples(data, opened.embed.shape[0])
     refuse_placeholders(samples, opened.model.config, opened.name)
     # Kinds mixed, so that a store that is not full yet serves a run as well.

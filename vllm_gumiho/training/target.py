@@ -33,13 +33,15 @@ def open_target(
     folder: str,
     cache: str | Path | None = None,
     device: torch.device | None = None,
-    layers: tuple[int, ...] = (),
+    layers: Callable[[Any], tuple[int, ...]] = lambda config: (),
 ) -> FrozenTarget:
-    """The frozen target of a folder.  device: None is a GPU where there is one.  layers: see `FrozenTarget`.
+    """The frozen target of a folder.  device: None is a GPU where there is one.
 
+    layers: those of `FrozenTarget`, for the target's Hugging Face text config.
     Raises: TargetError, and RecipeError for layers that it does not have.
     """
-    target = FrozenTarget(load_target(folder), cache, folder, layers)
+    model = load_target(folder)
+    target = FrozenTarget(model, cache, folder, layers(model.config.get_text_config()))
     return target.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import (
-    AutoConfig,
     EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
@@ -171,8 +170,9 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     if last is not None and not Path(last, "trainer_state.json").is_file():
         raise RecipeError(f"branch_from {last}: no whole checkpoint there; give a run's folder checkpoint-N")
     # Before the arguments start a process group: under FSDP all but one process would then read no weights.
-    layers = kind.layers(recipe, AutoConfig.from_pretrained(recipe.target).get_text_config())
-    target = open_target(recipe.target, recipe.feature_cache, torch.device("cpu"), layers)
+    target = open_target(
+        recipe.target, recipe.feature_cache, torch.device("cpu"), lambda config: kind.layers(recipe, config)
+    )
     arguments = _arguments(recipe)
     target.to(arguments.device)
     text_config = target.model.config.get_text_config()
