@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import tiny
+import tiny_moa
 import torch
 from draft_check import Draft, Record, check, plain_target, reference_of
+from many_moa import moa_reference_of
 
 LENGTHS = (4, 9, 21)
 
@@ -74,3 +76,30 @@ def test_wrong_confidences_are_found(models, drafted):
     tokens = [tokens for tokens, _ in drafted[3]]
     confidence = torch.full((7,), 0.5), 0.5, torch.zeros(7)
     assert "confidence 0" in checked(models, drafted, tokens, confidence=confidence)["wrong"][0]
+
+
+@pytest.mark.parametrize("layers", [tiny_moa.LAYERS, ()])
+def test_many_moa_drafts_in_one_pass_are_those_of_the_plain_reference(tmp_path, layers):
+    target = tiny.write_target(tmp_path / "target", num_hidden_layers=tiny_moa.TARGET_LAYERS)
+    if layers:
+        checkpoint = tiny_moa.write(tmp_path / "moa", str(target))
+        held_by: tiny_moa.TargetStates | tiny_moa.TargetCache = tiny_moa.TargetStates(target)
+    else:
+        checkpoint, held_by = tiny_moa.write_published(tmp_path / "moa", target), tiny_moa.TargetCache(target)
+    plain = tiny_moa.reference(target, checkpoint, layers=layers)
+    text = [5 + i * 11 % 140 for i in range(14)]
+    lengths, held = (3, 8, 14), held_by.states(text[:-1])
+    drafts = [plain.draft(torch.tensor(text[:n]), held[: n - 1], 4) for n in lengths]
+    many = moa_reference_of(target, checkpoint)
+    torch.testing.assert_close(many.read(plain_target(target), torch.tensor(text[:-1])), held)
+    logits = many.logits(
+        torch.tensor(text), held, torch.tensor(lengths), torch.tensor([tokens for tokens, _ in drafts])
+    )
+    wanted = torch.stack([hidden @ plain.lm_head.T for _, hidden in drafts])
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    record = Record(drafts=[Draft("a", n, tokens) for n, (tokens, _) in zip(lengths, drafts, strict=True)])
+    record.texts["a"] = text
+    assert check(record, target, checkpoint, 99, exact=True, engines_features=False)["wrong"] == []
+    record.drafts[1].tokens[2] = (record.drafts[1].tokens[2] + 1) % tiny.VOCAB
+    (wrong, *_) = check(record, target, checkpoint, 99, exact=True, engines_features=False)["wrong"]
+    assert "after 8 tokens: draft token 2 is" in wrong

@@ -227,8 +227,34 @@ def test_a_wrong_value_of_the_config_is_named(tmp_path, change, said):
     assert said in str(error.value)
 
 
-def test_keys_and_values_as_input_are_not_built_yet(tmp_path, target):
-    tensors = {name: tensor for name, tensor in TENSORS.items() if not name.startswith("state_norms.")}
-    folder = released(tmp_path, tensors)
+@pytest.fixture
+def of_keys(tmp_path, monkeypatch) -> tuple[str, SimpleNamespace]:
+    """A checkpoint that reads keys and values, and its target."""
+    target = states_of(fake_target(), monkeypatch=monkeypatch)
+    target.get_total_num_kv_heads = lambda: 2
+    return str(released(tmp_path / "keys", tiny_moa.tensors(layers=()))), target
+
+
+def test_keys_and_values_are_asked_of_all_layers(of_keys, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    folder, target = of_keys
     assert open_checkpoint(folder).sizes.passes().endswith("keys and values of all target layers")
-    assert "reads the keys and values of all of the target's layers" in refusal({"model": str(folder)}, target)
+    config = json.loads((Path(rewritten({"model": folder}, target)["model"]) / "config.json").read_text())
+    assert config["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2, 3]
+    assert (config["layer_attention"]["target_layers"], config["layer_attention"]["width"]) == ([], 128)
+
+
+def test_keys_and_values_of_another_shape_than_the_targets_are_refused(of_keys):
+    folder, target = of_keys
+    target.get_total_num_kv_heads = lambda: 4
+    said = refusal({"model": folder}, target)
+    assert "of 128 numbers a token and layer, and target org/target has 256 (4 heads of 32); use a checkpoint" in said
+
+
+def test_keys_and_values_of_an_unknown_class_are_refused(of_keys, monkeypatch):
+    folder, target = of_keys
+    other = SimpleNamespace(__name__="DeepseekV2ForCausalLM")
+    monkeypatch.setattr("vllm.model_executor.model_loader.utils.get_model_cls", lambda _: other)
+    said = refusal({"model": folder}, target)
+    assert "cannot be made again for vLLM's class DeepseekV2ForCausalLM of target org/target (for Llama" in said
+    assert "use a checkpoint that reads states" in said

@@ -257,6 +257,11 @@ HELD = {
     ("vllm.v1.worker.gpu_input_batch", "InputBatch"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
     ("vllm.v1.worker.gpu.sample.sampler", "Sampler"),
+    # Of a target whose keys and values are made again, and of its batch.
+    ("vllm.model_executor.models.llama", "LlamaAttention"),
+    ("vllm.model_executor.models.qwen2", "Qwen2Attention"),
+    ("vllm.model_executor.models.qwen3", "Qwen3Attention"),
+    ("vllm.v1.worker.gpu.input_batch", "InputBatch"),
 }
 # An alias of a module of Triton's.
 TRITONS = {("vllm.triton_utils", "tldevice")}

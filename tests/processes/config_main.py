@@ -48,6 +48,9 @@ def main() -> None:
                 "V2": config.use_v2_model_runner,
                 "positions": config.model_config.max_model_len,
                 "draft positions": speculative and speculative.draft_model_config.max_model_len,
+                "layers read": getattr(
+                    speculative and speculative.draft_model_config.hf_config, "eagle_aux_hidden_state_layer_ids", None
+                ),
             }
             if config.quant_config is not None:
                 draft = get_draft_quant_config(config) if speculative else None

@@ -9,7 +9,7 @@ import torch
 from draft_check import Draft, Record, check
 from torch import Tensor
 
-from vllm_gumiho.drafters import DEFAULT
+from vllm_gumiho.drafters import drafter_of
 from vllm_gumiho.engines.record import watch_drafts
 
 
@@ -20,10 +20,8 @@ def runner_of(llm: Any) -> Any:
 
 
 def drafts_here(llm: Any) -> bool:
-    """Whether Gumiho drafts; `recording` has what other drafters of ours draft."""
-    speculative = llm.llm_engine.vllm_config.speculative_config
-    config = speculative and speculative.draft_model_config and speculative.draft_model_config.hf_config
-    return getattr(config, "gumiho_checkpoint", None) is not None and DEFAULT.architecture in config.architectures
+    """Whether a drafter of ours drafts."""
+    return drafter_of(llm.llm_engine.vllm_config) is not None
 
 
 def attach(llm: Any) -> Record:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import predictable
 import pytest
-from engines import gumiho
-from places import PROCESSES
+from engines import engine_configs, gumiho
 
 FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
 FORMATS = {
@@ -71,18 +67,7 @@ def configs(tmp_path_factory):
         config = json.loads((target / "config.json").read_text()) | {"quantization_config": quantization}
         (quantised / "config.json").write_text(json.dumps(config))
         cases[name] = common | {"model": str(quantised)}
-    job, result = folder / "job.json", folder / "result.json"
-    job.write_text(json.dumps({"model": str(target), "cases": cases}))
-    done = subprocess.run(
-        [sys.executable, str(PROCESSES / "config_main.py"), str(job), str(result)],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(result.read_text())["results"]
+    return engine_configs(folder, target, cases)
 
 
 @pytest.mark.engine

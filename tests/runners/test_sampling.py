@@ -42,6 +42,10 @@ def drawn(tmp_path_factory, target, draws):
         cases[method] = pair(target, checkpoint, steps(tuple(SETTINGS), draws), speculative=speculative, **settings)[
             "on"
         ]
+        moa = {"method": "moa", "model": str(predictable.write_moa(folder / "moa", VOCAB, noise=0.2))}
+        cases[f"moa {method}"] = pair(
+            target, checkpoint, steps(("T=1", "top-p"), draws), speculative=speculative | moa, **settings
+        )["on"]
     # Last: what is planted stays in the process.
     for method in METHODS:
         planted = {"llm": cases[method]["llm"], "steps": steps(("T=1",), draws), "plant": "accepts too often"}
@@ -72,6 +76,17 @@ def test_sampled_tokens_have_the_targets_joint_distribution(drawn, target, draws
     assert len(tokens) == draws
     assert g_test(joint(tokens, 0, JOINT), probs.sum(-1).flatten()) < LIMIT
     # The last two positions: the second serial step and the first head.
+    assert g_test(joint(tokens, LENGTH - 2, LENGTH), probs.sum((0, 1)).flatten()) < LIMIT
+
+
+@pytest.mark.feature("sampling: temperature, top-p, top-k; greedy and probabilistic drafts", "V1", "moa")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["T=1", "top-p"])
+def test_tokens_drafted_by_moa_have_the_targets_joint_distribution(drawn, target, method, name):
+    counts = step(drawn, f"moa {method}", name)["counts"]
+    assert 0.1 < counts["accepted"] / counts["drafted"] < 0.9
+    probs, tokens = exact(target, **SETTINGS[name]), drawn_tokens(drawn, f"moa {method}", name)
+    assert g_test(joint(tokens, 0, JOINT), probs.sum(-1).flatten()) < LIMIT
     assert g_test(joint(tokens, LENGTH - 2, LENGTH), probs.sum((0, 1)).flatten()) < LIMIT
 
 

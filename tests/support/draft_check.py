@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from many_moa import ManyMoa, moa_reference_of
 from reference_drafter import ReferenceDrafter
 from safetensors.torch import load_file
 from torch import Tensor
@@ -77,6 +78,10 @@ class ManyDrafts(ReferenceDrafter):
     bias: Tensor | float = 0.0
     scale: float = 1.0
     soft_cap: float | None = None
+
+    def read(self, model: Any, tokens: Tensor) -> Tensor:
+        """Features of transformers' target on a text, ``[T, H]``."""
+        return model.model(tokens[None]).last_hidden_state[0]
 
     def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
         """x ``[N, heads, D]`` at ``positions [N]``: pairs (i, i + D/2) turned by position * theta^(-2i/D)."""
@@ -202,6 +207,13 @@ def reference_of(target: Path, checkpoint: Path) -> ManyDrafts:
     )
 
 
+def _equations(target: Path, checkpoint: Path) -> ManyDrafts | ManyMoa:
+    from vllm_gumiho.drafters.checkpoints import drafter_in
+    from vllm_gumiho.drafters.moa import MOA
+
+    return moa_reference_of(target, checkpoint) if drafter_in(checkpoint) is MOA else reference_of(target, checkpoint)
+
+
 @torch.no_grad()
 def check(record: Record, target: Path, checkpoint: Path, longest: int, exact: bool, engines_features: bool) -> dict:
     """``compared``: draft tokens and distributions held to the equations; ``wrong``: what differs, in words.
@@ -209,7 +221,7 @@ def check(record: Record, target: Path, checkpoint: Path, longest: int, exact: b
     longest: the engine's max_model_len; tokens behind it are never verified.  exact: the engine computes in float32;
     else a token may be one that the equations like nearly as well.  engines_features: take the engine's.
     """
-    reference = reference_of(target, checkpoint)
+    reference = _equations(target, checkpoint)
     model = None if engines_features else plain_target(target)
     wrong = list(record.wrong)
     compared = 0
@@ -223,7 +235,7 @@ def check(record: Record, target: Path, checkpoint: Path, longest: int, exact: b
             kept = record.features[request]
             features = torch.stack([kept[position] for position in range(len(tokens) - 1)]).float()
         else:
-            features = model.model(tokens[None, :-1]).last_hidden_state[0]
+            features = reference.read(model, tokens[:-1])
         for width in {len(draft.tokens) for draft in drafts}:
             some = [draft for draft in drafts if len(draft.tokens) == width]
             drafted = torch.tensor([draft.tokens for draft in some])

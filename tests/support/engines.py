@@ -70,6 +70,22 @@ def run(folder: Path, cases: dict[str, dict], runner: str = "v1", env: dict[str,
     return results
 
 
+def engine_configs(folder: Path, model: Path, cases: dict[str, dict]) -> dict[str, dict]:
+    """Settings or error of each case's engine config, ``{argument of EngineArgs: value}``; no engine is made."""
+    job, result = folder / "job.json", folder / "result.json"
+    job.write_text(json.dumps({"model": str(model), "cases": cases}))
+    done = subprocess.run(
+        [sys.executable, str(PROCESSES / "config_main.py"), str(job), str(result)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(result.read_text())["results"]
+
+
 def assert_drafts_are_those_of_the_equations(name: str, result: dict) -> None:
     """Every draft of a case, whatever its steps are about, so that no wrong one hides behind a right text."""
     found = result["facts"]["drafts"]

@@ -160,8 +160,8 @@ def totals() -> dict[str, int | str]:
 MOA = """
 ## Mixture of Attentions
 
-The same states with vLLM 0.32, for drafts of `{"method": "moa"}`; K is one number there. The drafter of that test is
-random: few of its drafts are accepted. A row that is missing here has no proof with this drafter yet.
+The same states with vLLM 0.32, for drafts of `{"method": "moa"}`, which are held to the equations too. Each row has a
+request or two; Gumiho's tests go deeper. A row that is missing here has no proof with this drafter yet.
 
 | feature | state | 0.32 | proven by |
 |---|---|---|---|

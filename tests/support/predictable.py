@@ -91,13 +91,18 @@ def write_checkpoint(folder: Path, vocab: int = VOCAB, config: dict | None = Non
     return tiny.write_released(folder, tensors, config)
 
 
-def write_moa(folder: Path, vocab: int = VOCAB) -> Path:
-    """Mixture of Attentions that drafts successors: its attentions pass the embedding on."""
+def write_moa(folder: Path, vocab: int = VOCAB, noise: float = 0.0) -> Path:
+    """Mixture of Attentions that drafts successors: its attentions pass the embedding on.
+
+    With noise they overrule it now and then, so that drafts hang on both caches and on the features.
+    """
     made = tiny_moa.drafter(hidden_size=HIDDEN, layers=(0, 1, 2), vocab_size=vocab)
     tensors = {name: tensor.detach() for name, tensor in made.state_dict().items()}
     for name, tensor in tensors.items():
-        if name.startswith(("self_attention.", "cross_attention.")) and "norm" not in name:
-            tensor.zero_()
+        if name.startswith(("self_attention.", "cross_attention.")) and name.endswith(
+            ("o_proj.weight", "down_proj.weight")
+        ):
+            tensor *= noise / tensor.std() / HIDDEN**0.5
     made.save(folder, tensors, "org/target", None)
     return folder
 

@@ -23,6 +23,8 @@ class ReferenceMoa:
     """weights: tensors under their checkpoint names; embed, lm_head: the target's, ``[V, H]``.
 
     layers: of the target whose states are read, where the LSA reads states; None where it reads keys and values.
+    self_frequencies: of SA's rotary embedding where the target scales its own; CA and LSA take the plain ones of the
+    same base, as in the released code.
     """
 
     weights: dict[str, Tensor]
@@ -37,6 +39,7 @@ class ReferenceMoa:
     rope_theta: float
     eps: float
     layers: tuple[int, ...] | None
+    self_frequencies: list[float] | None = None
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weights[f"{name}.weight"]
@@ -44,11 +47,12 @@ class ReferenceMoa:
     def project(self, x: Tensor, name: str, heads: int, size: int) -> Tensor:
         return (x @ self.weights[f"{name}.weight"].T).view(x.shape[0], heads, size)
 
-    def turned(self, x: Tensor, positions: list[int]) -> Tensor:
+    def turned(self, x: Tensor, positions: list[int], frequencies: list[float] | None = None) -> Tensor:
         """x ``[T, heads, D]``: pairs (i, i + D/2) turned by position * theta^(-2i/D)."""
         half, rows = x.shape[-1] // 2, []
+        frequencies = frequencies or [self.rope_theta ** (-i / half) for i in range(half)]
         for row, position in zip(x, positions, strict=True):
-            angle = torch.tensor([position * self.rope_theta ** (-i / half) for i in range(half)])
+            angle = torch.tensor([position * frequency for frequency in frequencies])
             a, b = row[:, :half], row[:, half:]
             rows.append(torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), dim=-1))
         return torch.stack(rows)
@@ -92,9 +96,12 @@ class ReferenceMoa:
         """SA on tokens x[1..T] at their positions, causal: ``[T]`` ids -> ``[T, H]``."""
         at, x, size = "self_attention", self.embed[tokens], self.head_dim
         places = list(range(1, len(tokens) + 1))
+        turn = places, self.self_frequencies
         y = self.norm(x, f"{at}.input_layernorm")
-        q = self.turned(self.project(y, f"{at}.self_attn.q_proj", self.num_heads, size), places)
-        k = self.turned(self.project(y, f"{at}.self_attn.k_proj", self.num_kv_heads, size), places)
+        q = self.turned(self.project(y, f"{at}.self_attn.q_proj", self.num_heads, size), *turn)
+        k = self.turned(
+            self.project(y, f"{at}.self_attn.k_proj", self.num_kv_heads, size), places, self.self_frequencies
+        )
         v = self.project(y, f"{at}.self_attn.v_proj", self.num_kv_heads, size)
         return self.rest(x, self.attend(q, k, v, [t + 1 for t in range(len(tokens))]), at)
 
@@ -109,10 +116,13 @@ class ReferenceMoa:
         v = self.project(f, f"{at}.self_attn.v_proj", self.num_kv_heads, size)
         return self.rest(x[None], self.attend(q, k, v, [features.shape[0]]), at)[0]
 
-    def draft(self, tokens: Tensor, held: Tensor, length: int) -> tuple[list[int], Tensor]:
+    def draft(
+        self, tokens: Tensor, held: Tensor, length: int, follow: list[int] | None = None
+    ) -> tuple[list[int], Tensor]:
         """``length`` draft tokens after verified ones, and what each was drafted from, ``[length, H]``.
 
         tokens ``[T + 1]``: verified tokens x[0..T]; held ``[T, m, W]``: what the target's layers hold of x[0..T-1].
+        follow: tokens that later ones go on from, in place of the drafted ones.
         """
         features = torch.stack([self.feature(each) for each in held])
         text, drafted, out = tokens[1:].tolist(), [], []
@@ -120,5 +130,5 @@ class ReferenceMoa:
             x = self.self_attention(torch.tensor(text))[-1]
             out.append(self.cross_attention(x, len(text), features))
             drafted.append(int((self.lm_head @ out[-1]).argmax()))
-            text.append(drafted[-1])
+            text.append(drafted[-1] if follow is None else follow[len(drafted) - 1])
         return drafted, torch.stack(out)

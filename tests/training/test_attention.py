@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from vllm_gumiho.training import attention
 from vllm_gumiho.training.attention import Sight
-from vllm_gumiho.training.objective import Candidates, soft_cross_entropy
+from vllm_gumiho.training.candidates import Candidates, soft_cross_entropy
+from vllm_gumiho.training.target_head import LmHead
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 # A sequence longer than a block, one without anchors, one of one token.
@@ -91,18 +92,18 @@ def test_no_anchors_leave_every_input_a_gradient(all_queries):
 @pytest.mark.parametrize("drawn", [0, 30])
 @pytest.mark.parametrize("rows", [3, 512])
 def test_the_cross_entropy_and_its_gradient_are_autograds(monkeypatch, drawn, rows):
-    monkeypatch.setattr("vllm_gumiho.training.objective._LOGIT_ROWS", rows)
+    monkeypatch.setattr("vllm_gumiho.training.candidates._LOGIT_ROWS", rows)
     torch.manual_seed(0)
     table, x = torch.randn(100, 8), torch.randn(7, 8, requires_grad=True)
     labels = torch.randint(100, (10,))
     subset = Candidates.draw(labels, torch.arange(5), 100, drawn)
-    weight = subset.weight(table)
-    wanted = torch.rand(10, weight.shape[0]).softmax(-1)
+    head = LmHead(table).rows(subset.ids)
+    wanted = torch.rand(10, head.size).softmax(-1)
     at = torch.tensor([0, 9, 3, 3, 8, 1, 2])
     truth, known = subset.column(labels[at])
     assert known.all()
-    found, likely = soft_cross_entropy(x, weight, subset.log_weight, wanted, at, truth)
-    logs = subset.logits(x, weight).log_softmax(-1)
+    found, likely = soft_cross_entropy(x, head, subset.log_weight, wanted, at, truth)
+    logs = subset.logits(x, head).log_softmax(-1)
     plain = -(wanted[at] * logs).sum(-1)
     torch.testing.assert_close(found, plain)
     torch.testing.assert_close(likely, logs.detach().gather(1, truth[:, None])[:, 0].exp())

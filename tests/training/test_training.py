@@ -15,8 +15,9 @@ from runs import recipe, unrolled
 from vllm_gumiho.drafters.checkpoints import open_checkpoint
 from vllm_gumiho.drafters.gumiho.trainable import GumihoDrafter
 from vllm_gumiho.errors import DataError
+from vllm_gumiho.training.candidates import Candidates
 from vllm_gumiho.training.data import PackedRows, Sample, read_samples
-from vllm_gumiho.training.objective import Candidates, losses
+from vllm_gumiho.training.objective import losses
 from vllm_gumiho.training.optimizer import MuonWithAdamW
 from vllm_gumiho.training.provenance import made_with, read_recipe
 from vllm_gumiho.training.recipes import objective_of

@@ -294,7 +294,7 @@ def test_a_drafter_of_a_reduced_vocabulary_and_eagle_1_are_served(tmp_path, tiny
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recipe": "best"}, "recipe 'best' is not known; choose one of paper, unrolled, eagle"),
+        ({"recipe": "best"}, "recipe 'best' is not known; choose one of paper, unrolled, eagle, moa, moa-paper"),
         ({"steps": 0}, "steps is 0; it must be above 0"),
         ({"own_tokens": 2.0}, "own_tokens is 2.0; it must lie between 0 and 1"),
         ({"num_heads": 0}, "num_heads is 0"),
@@ -302,6 +302,12 @@ def test_a_drafter_of_a_reduced_vocabulary_and_eagle_1_are_served(tmp_path, tiny
         ({"further_steps": -1}, "further_steps is -1; it must not be below 0"),
         ({"recipe": "paper", "further_steps": 1}, "further_steps is 1; recipe 'paper', phase 'all' takes none"),
         ({"phase": "heads", "further_steps": 1}, "further_steps is 1; recipe 'unrolled', phase 'heads' takes none"),
+        ({"target_layers": [1]}, "recipe 'unrolled' reads the target's last state alone"),
+        ({"recipe": "moa", "phase": "serial"}, "recipe 'moa' has one phase, a random start"),
+        ({"recipe": "moa", "init": "linear"}, "recipe 'moa' has one phase, a random start"),
+        ({"recipe": "moa", "num_heads": 0, "num_serial_steps": 1}, "drafts num_serial_steps .* give 2 or more"),
+        ({"recipe": "moa-paper", "own_tokens": 0.5}, "recipe 'moa-paper' takes none, recipe 'moa' does"),
+        ({"recipe": "moa", "target_layers": [1, 3]}, "target_layers 3: the target has 2 layers; choose from 0"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path, tiny_target, data, changes, message):

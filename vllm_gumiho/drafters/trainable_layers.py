@@ -244,3 +244,7 @@ class SerialDrafter(nn.Module):
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """Of the heads."""
         yield from ()
+
+    def fitted_parameters(self) -> Iterator[nn.Parameter]:
+        """Those that a start in closed form gives: of ``fc``."""
+        yield from self.fc.parameters()

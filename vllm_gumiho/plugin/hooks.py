@@ -33,6 +33,8 @@ _V1, _V2 = "vllm.v1.spec_decode", "vllm.v1.worker.gpu.spec_decode"
 _LAYERS, _MODELS = "vllm.model_executor.layers", "vllm.model_executor.models"
 _DECODE = ("num_reqs", "num_speculative_steps")
 _DRAFT = ("num_reqs", "num_tokens_padded", "attn_metadata", "slot_mappings", "num_tokens_across_dp")
+# Of an attention layer whose keys and values are made again.
+_KEYS = ("qkv_proj", "q_size", "kv_size", "head_dim", "hidden_size", "total_num_kv_heads")
 _PROPOSER = f"{_V1}.llm_base_proposer", "SpecDecodeBaseProposer"
 _SPECULATOR = f"{_V2}.target_dependent_ar.speculator", "TargetDependentARSpeculator"
 
@@ -122,7 +124,13 @@ SERVING: tuple[Hook, ...] = (
          ("hidden_states",)),
     Hook(f"{_MODELS}.llama", "LlamaMLP", "called", "MoA: the cross-attention layer's MLP"),
     Hook(f"{_MODELS}.llama_eagle3", "Eagle3LlamaForCausalLM.combine_hidden_states", "inherited",
-         "MoA: features from the states of the target's layers", ("hidden_states",)),
+         "MoA: what the runners give is features already", ("hidden_states",)),
+    Hook(f"{_MODELS}.llama", "LlamaAttention", "called", "MoA: keys and values of a target made again", _KEYS),
+    Hook(f"{_MODELS}.qwen2", "Qwen2Attention", "called", "MoA: keys and values of a target made again", _KEYS),
+    Hook(f"{_MODELS}.qwen3", "Qwen3Attention", "called", "MoA: keys and values of a target made again",
+         (*_KEYS, "k_norm")),
+    Hook("vllm.v1.worker.gpu.input_batch", "InputBatch", "called", "MoA: positions of states, runner V2",
+         ("positions",)),
     Hook(f"{_MODELS}.interfaces", "supports_eagle3", "called", "MoA: whether a target gives states of its layers",
          ("model",)),
     Hook("vllm.model_executor.model_loader.utils", "get_model_cls", "called", "the target's class", ("model_config",)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 
 from vllm_gumiho.runners.v2 import DraftSpeculator
@@ -21,6 +21,27 @@ class MoaSpeculator(DraftSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device):
         super().__init__(vllm_config, device)
         self.verified_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """As the base class; the drafter learns which target it reads."""
+        super().load_model(target_model)
+        self.model.read_target(target_model)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, Tensor],
+        last_hidden_states: Tensor,
+        aux_hidden_states: list[Tensor] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As the base class, which takes features for what it drafts from; no copy of all states is made."""
+        assert aux_hidden_states
+        features = self.model.features_of(aux_hidden_states, input_batch.positions)
+        return super().propose(input_batch, attn_metadata, slot_mappings, features, None, *args, **kwargs)
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         """As the base class; builders of metadata that ends at verified tokens learn where these lengths are."""

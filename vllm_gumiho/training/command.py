@@ -56,6 +56,9 @@ def features(
     data: Annotated[list[Path], typer.Option(help="Files or folders written by 'vllm-gumiho generate'; repeat.")],
     feature_cache: Annotated[Path, typer.Option(help="Folder that keeps target features (bfloat16).")],
     row_length: Annotated[int, typer.Option(help="Tokens of a conversation that are kept: those of a row.")] = 1024,
+    target_layers: Annotated[
+        list[int] | None, typer.Option(help="Layers whose states MoA reads, kept too; repeat.  Default: none.")
+    ] = None,
     bf16: Annotated[bool, typer.Option(help="bfloat16 autocast.")] = True,
 ) -> None:
     """Fill a store of target features ahead of training; what it has is left, and a stopped run goes on."""
@@ -66,7 +69,7 @@ def features(
     from vllm_gumiho.training.target import open_target
     from vllm_gumiho.training.target_model import refuse_placeholders
 
-    opened = open_target(find_target(target), feature_cache)
+    opened = open_target(find_target(target), feature_cache, layers=lambda _: tuple(sorted(target_layers or ())))
     samples = read_samples(data, opened.embed.shape[0])
     refuse_placeholders(samples, opened.model.config, opened.name)
     # Kinds mixed, so that a store that is not full yet serves a run as well.

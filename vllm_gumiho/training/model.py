@@ -47,16 +47,21 @@ class TrainingModel(nn.Module):
         if self.training:
             loss, parts = self.training_losses(batch, features)
             return {"loss": loss, **parts}
-        embed, lm_head = self._tables(features.device)
-        vocabulary = self.objective.vocabulary
-        if vocabulary is not None:
-            vocabulary = vocabulary.to(features.device)
-        heads = self.objective.train_heads
-        counts = torch.stack(hits(self.drafter, embed, lm_head, batch, features, vocabulary, heads))
+        counts = torch.stack(self.held_out_hits(batch, features))
         return {"loss": torch.zeros((), device=features.device), "logits": counts[None].to(features.device)}
 
+    def held_out_hits(self, batch: dict[str, Tensor], features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`hits` with the target's tensors."""
+        embed, lm_head = self._tables(features.device)
+        vocabulary = self._vocabulary(features.device)
+        return hits(self.drafter, embed, lm_head, batch, features, vocabulary, self.objective.train_heads)
+
+    def _vocabulary(self, device: torch.device) -> Tensor | None:
+        vocabulary = self.objective.vocabulary
+        return None if vocabulary is None else vocabulary.to(device)
+
     def target_features(self, batch: dict[str, Tensor], cached: bool = True) -> Tensor:
-        """The target's features of the batch, ``[R, T, H]``, on its device.  cached: the store may be used, if any."""
+        """The target's features of the batch, ``[R, T, width]``, on its device.  cached: a store may be used."""
         target = self._target[0].to(batch["input_ids"].device)
         features = target.features(batch) if cached else target.compute(batch)
         return features.to(torch.bfloat16 if self.bf16 else target.embed.dtype)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_gumiho.drafters.trainable_layers import SerialDrafter
+from vllm_gumiho.training.candidates import Candidates, rows_at_once, soft_cross_entropy
 from vllm_gumiho.training.target_head import LmHead
 from vllm_gumiho.training.unrolling import Form, draft, shift, valid_anchors
-
-# Rows of logits over all candidates that are in memory at once: what a CPU's cache holds, and times that on a GPU.
-_LOGIT_ROWS, _ON_GPU = 512, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,108 +50,6 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """A subset of the vocabulary for one step's cross-entropy.
-
-    The batch's own labels, the most frequent answer tokens, and uniformly drawn others.  The drawn ones stand for
-    all that were left out: ``log_weight`` is the log of how many each stands for, so that the normaliser is an
-    unbiased estimate of the full one.  No ``[positions, heads, vocab]`` tensor of the whole vocabulary exists.
-    Under a draft vocabulary everything is drawn from it, and a label outside it has no column.
-    """
-
-    ids: Tensor | None
-    log_weight: Tensor | None
-    num_sure: int = 0
-
-    @staticmethod
-    def draw(
-        labels: Tensor, frequent: Tensor, vocab_size: int, drawn: int, vocabulary: Tensor | None = None
-    ) -> Candidates:
-        """labels, frequent: token ids; vocabulary: ids that may be drafted, ascending (None: all of them)."""
-        size = vocab_size if vocabulary is None else vocabulary.numel()
-        if drawn <= 0 or drawn + frequent.numel() >= size:
-            return Candidates(vocabulary, None, 0 if vocabulary is None else size)
-        sure = torch.unique(torch.cat((labels.flatten(), frequent)))
-        rest = torch.ones(vocab_size, dtype=torch.bool, device=labels.device)
-        if vocabulary is not None:
-            sure = sure[torch.isin(sure, vocabulary)]
-            rest = torch.zeros_like(rest).index_fill(0, vocabulary, True)
-        rest[sure] = False
-        others = rest.nonzero().flatten()
-        picked = others[torch.randperm(others.numel(), device=labels.device)[:drawn]]
-        log_weight = torch.zeros(sure.numel() + picked.numel(), device=labels.device)
-        if picked.numel():
-            log_weight[sure.numel() :] = torch.log(torch.tensor(others.numel() / picked.numel()))
-        return Candidates(torch.cat((sure, picked)), log_weight, sure.numel())
-
-    def column(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns of label tokens, and whether each has one (bool)."""
-        if self.ids is None:
-            return tokens, torch.ones_like(tokens, dtype=torch.bool)
-        sure = self.ids[: self.num_sure]
-        columns = torch.searchsorted(sure, tokens).clamp_max(self.num_sure - 1)
-        return columns, sure[columns] == tokens
-
-    def tokens(self, columns: Tensor) -> Tensor:
-        return columns if self.ids is None else self.ids[columns]
-
-    def logits(self, features: Tensor, head: LmHead) -> Tensor:
-        """head: the rows of these tokens."""
-        logits = head.logits(features)
-        return logits if self.log_weight is None else logits.add_(self.log_weight)
-
-
-class _SoftCrossEntropy(torch.autograd.Function):
-    """The gradient is made along with the value, of a few rows at a time: no ``[N, C]`` tensor is kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, head: LmHead, log_weight: Tensor | None, wanted: Tensor, rows: Tensor, truth: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        losses, likely, gradients = [], [], []
-        for x_, rows_, truth_ in zip(*(y.split(_rows_at_once(x)) for y in (x.detach(), rows, truth)), strict=True):
-            logits = head.logits(x_)
-            slope = head.slope(logits) if ctx.needs_input_grad[0] else 1.0
-            if log_weight is not None:
-                logits.add_(log_weight)
-            wants = wanted[rows_]
-            total = wants.sum(-1, dtype=torch.float32)
-            log_sum = logits.logsumexp(-1)
-            losses.append(log_sum * total - torch.linalg.vecdot(wants.float(), logits))
-            likely.append((logits.gather(1, truth_[:, None])[:, 0] - log_sum).exp())
-            if ctx.needs_input_grad[0]:
-                chances = logits.sub_(log_sum[:, None]).exp_().mul_(total[:, None]).sub_(wants)
-                if isinstance(slope, Tensor) or slope != 1.0:
-                    chances.mul_(slope)
-                gradients.append(chances.to(head.weight.dtype) @ head.weight)
-        if gradients:
-            ctx.save_for_backward(torch.cat(gradients))
-        agreed = torch.cat(likely)
-        ctx.mark_non_differentiable(agreed)
-        return torch.cat(losses), agreed
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        (per_row,) = ctx.saved_tensors
-        return (per_row * gradient[:, None].to(per_row.dtype)).to(per_row.dtype), None, None, None, None, None
-
-
-def _rows_at_once(x: Tensor) -> int:
-    return _LOGIT_ROWS if x.device.type == "cpu" else _ON_GPU * _LOGIT_ROWS
-
-
-def soft_cross_entropy(
-    x: Tensor, head: LmHead, log_weight: Tensor | None, wanted: Tensor, rows: Tensor, truth: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the head's logits of x, plus ``log_weight``, against ``wanted[rows]``; how likely the truth is.
-
-    x ``[N, H]``; head: C rows, not trained; wanted ``[B, C]``; rows, truth ``[N]``.  Returns ``[N]`` twice, the
-    second without a gradient.
-    """
-    return _SoftCrossEntropy.apply(x, head, log_weight, wanted, rows, truth)
-
-
-@dataclass(frozen=True)
 class Position:
     """What one draft position says of the A anchors, N of which it is drafted for.
 
@@ -178,6 +73,38 @@ def cross_entropies(chain: Sequence[Position], objective: Objective) -> list[Ten
         # Zero, but of the graph: every process of a distributed run must have a gradient for the same parameters.
         means.append((at.ce * weight).sum() / weight.sum() if at.ce.shape[0] else 0.0 * at.feature)
     return means
+
+
+class Labels:
+    """The target's distributions of a batch, over the candidates, and what draft features say beside them.
+
+    vectors ``[N, H]``: the target's features, of all tokens or of those asked for.
+    """
+
+    def __init__(self, subset: Candidates, head: LmHead, vectors: Tensor, wanted: Tensor):
+        """head: the rows of the candidates.  wanted bool ``[N]``: of which distributions are needed."""
+        self.subset, self.head, self.vectors = subset, head, vectors
+        with torch.no_grad():
+            rows = wanted.nonzero()[:, 0]
+            # The distribution of a place serves every draft position that predicts the token after it.
+            self.probs = torch.cat(
+                [
+                    subset.logits(vectors[some], head).softmax(-1).to(head.weight.dtype)
+                    for some in rows.split(rows_at_once(rows))
+                ]
+            )
+            self.row_of = rows.new_full((vectors.shape[0],), -1)
+            self.row_of[rows] = torch.arange(rows.shape[0], device=rows.device)
+
+    def position(self, kept: Tensor, x: Tensor, at: Tensor, truth: Tensor) -> Position:
+        """Draft features ``[N, H]`` of the anchors ``kept [A]``; at: places of their distributions; truth: tokens."""
+        agreed = torch.ones(kept.shape, device=kept.device)
+        if x.shape[0] == 0:
+            return Position(kept, x.sum(-1), 0.0 * x.sum(), agreed)
+        column, known = self.subset.column(truth)
+        ce, likely = soft_cross_entropy(x, self.head, self.subset.log_weight, self.probs, self.row_of[at], column)
+        agreed = agreed.masked_scatter(kept, likely * known)
+        return Position(kept, ce, F.smooth_l1_loss(x.float(), self.vectors[at].float()), agreed)
 
 
 def losses(
@@ -218,31 +145,14 @@ def losses(
         objective.heads_steer,
         objective.further_steps if objective.train_serial else 0,
     )
-    vectors = features.flatten(0, 1)
-    with torch.no_grad():
-        # The label distribution of sequence position j serves every draft position that predicts x[j+1].
-        wanted = shift(answer, 1).flatten().nonzero()[:, 0]
-        target_probs = torch.cat(
-            [
-                subset.logits(vectors[some], head).softmax(-1).to(head.weight.dtype)
-                for some in wanted.split(_rows_at_once(wanted))
-            ]
-        )
-        row_of = wanted.new_full((vectors.shape[0],), -1)
-        row_of[wanted] = torch.arange(wanted.shape[0], device=ids.device)
+    labels = Labels(subset, head, features.flatten(0, 1), shift(answer, 1).flatten())
 
     def position(i: int, x: Tensor) -> Position:
         valid = valid_anchors(segments, answer, i)
         kept = valid[first]
-        x = x[kept]
-        if x.shape[0] == 0:
-            return Position(kept, x.sum(-1), 0.0 * x.sum(), torch.ones(kept.shape, device=ids.device))
         # Position t + i of the anchors t: where the target's feature and its distribution are.
         at = valid.flatten().nonzero()[:, 0] + i
-        truth, known = subset.column(ids.flatten()[at + 1])
-        ce, likely = soft_cross_entropy(x, head, subset.log_weight, target_probs, row_of[at], truth)
-        agreed = torch.ones(kept.shape, device=ids.device).masked_scatter(kept, likely * known)
-        return Position(kept, ce, F.smooth_l1_loss(x.float(), vectors[at].float()), agreed)
+        return labels.position(kept, x[kept], at, ids.flatten()[at + 1])
 
     served = len(drafts.serial)
     serial = [position(i, x) for i, x in enumerate(drafts.serial, 1)]

@@ -11,9 +11,11 @@ from vllm_gumiho.options import TARGET, option
 CHOICES = {
     "phase": ("all", "serial", "heads"),
     "optimizer": ("adamw", "muon", "muon-serial"),
-    "init": ("linear", "random", "target"),
+    "init": ("linear", "random", "target", None),
     "schedule": ("cosine", "stable"),
 }
+# Recipes of a drafter that no start in closed form is known for.
+WITHOUT_FIT = ("moa", "moa-paper")
 
 # Of the learning rate, for an fc that was fitted.
 FITTED_RATE = 0.1
@@ -29,7 +31,8 @@ class Recipe:
     optimizer: ``adamw``, the paper's; ``muon``, for matrices; ``muon-serial``, for the Transformer's alone: Muon's
     own products cost the same at any batch, most of them for the heads, and on small batches they weigh.
     init: ``linear``, a linear fit in closed form (`vllm_gumiho.training.start`); ``random`` small layers that pass the
-    feature through; or ``target``, its own last layers.  init_from: a checkpoint to start from.
+    feature through; or ``target``, its own last layers.  None is ``linear``, for MoA ``random``.  init_from: a
+    checkpoint to start from.
     fc_rate: of the learning rate, for ``fc``; None is `FITTED_RATE` for a linear start, else 1: at the full rate the
     fit is lost within 50,000 tokens.
     schedule: after the warm-up ``cosine`` decay over the whole run, or a ``stable`` rate, that decays in the last
@@ -40,6 +43,8 @@ class Recipe:
     heads_steer: let the heads' losses train the Transformer too (unrolled only; `paper` always does).
     further_steps: serial steps trained beyond the ``num_serial_steps`` that are served (unrolled only).
     own_tokens: share of anchors that draft on from the drafter's own token at the end of training, rising from 0.
+    target_layers: of which MoA reads the states, from 0, the input of the first, to the number of layers, the state
+    after the last; none takes a half, two thirds, five sixths and the last.
     draft_vocab: draft only that many of the training answers' most frequent tokens; 0 drafts all.
     feature_cache: folder that keeps the target's features between epochs and runs.
     evaluation_prompts: folders or files of prompts that must not be in the data.
@@ -49,7 +54,9 @@ class Recipe:
     target: str = option(help=TARGET)
     data: list[str] = option(help="Files or folders written by 'vllm-gumiho generate'; repeat.")
     output: str = option(help="Folder for checkpoints and the finished drafter.")
-    recipe: str = option("unrolled", "'unrolled' (on its own features), 'paper' (teacher-forced) or 'eagle' (EAGLE-1).")
+    recipe: str = option(
+        "unrolled", "'unrolled' (on its own features), 'paper' (teacher-forced), 'eagle' (EAGLE-1), 'moa', 'moa-paper'."
+    )
     num_serial_steps: int = option(2, "Tokens drafted by the Transformer.")
     num_heads: int = option(5, "Tokens drafted by heads.")
     num_layers: int = option(2, "Layers of the Transformer.")
@@ -74,9 +81,12 @@ class Recipe:
     heads_steer: bool = option(False, "Heads' losses train the Transformer too (unrolled).")
     further_steps: int = option(0, "Serial steps trained beyond those served (unrolled).")
     own_tokens: float = option(0.0, "Share of anchors that draft on from the drafter's own token when training ends.")
+    target_layers: list[int] = option([], "Target layers whose states MoA reads; repeat.  Default: four of the last.")
     draft_vocab: int = option(0, "Draft only the N most frequent answer tokens; 0 is all.")
     phase: str = option("all", "'all', 'serial' (Transformer alone) or 'heads' (on a frozen one).")
-    init: str = option("linear", "'linear' (fit in closed form), 'random' or 'target' (the target's last layers).")
+    init: str | None = option(
+        None, "'linear' (fit in closed form; the default), 'random' (MoA's) or 'target' (the target's last layers)."
+    )
     fit_tokens: int = option(1_000_000, "Answer tokens that a linear start is fitted on, at the most.")
     init_from: str | None = option(None, "Checkpoint to start from.")
     branch_from: str | None = option(None, "Folder checkpoint-N of another run to go on from, optimizer and all.")
@@ -93,7 +103,8 @@ class Recipe:
         """Raises: RecipeError naming the setting that is wrong."""
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                raise RecipeError(f"{name} {getattr(self, name)!r} is not known; choose one of {', '.join(known)}")
+                names = ", ".join(filter(None, known))
+                raise RecipeError(f"{name} {getattr(self, name)!r} is not known; choose one of {names}")
         for name in (
             "steps",
             "rows",
@@ -134,8 +145,13 @@ class Recipe:
         return found
 
     @property
+    def start(self) -> str:
+        """``init``, or the recipe's own."""
+        return self.init or ("random" if self.recipe in WITHOUT_FIT else "linear")
+
+    @property
     def rate_of_fc(self) -> float:
         """``fc``'s learning rate, of the others'."""
         if self.fc_rate is not None:
             return self.fc_rate
-        return FITTED_RATE if self.init == "linear" and self.init_from is None else 1.0
+        return FITTED_RATE if self.start == "linear" and self.init_from is None else 1.0

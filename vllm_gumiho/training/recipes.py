@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from vllm_gumiho.drafters import TRAINABLE
-from vllm_gumiho.drafters.trainable_layers import SerialDrafter
 from vllm_gumiho.errors import RecipeError
+from vllm_gumiho.training.block_objective import BlockObjective, BlockTrainingModel
+from vllm_gumiho.training.model import TrainingModel
 from vllm_gumiho.training.objective import Objective
 from vllm_gumiho.training.recipe import Recipe
 from vllm_gumiho.training.unrolling import Form
@@ -22,12 +23,16 @@ class Kind:
     """One recipe.
 
     drafter: of `vllm_gumiho.drafters.TRAINABLE`.  objective: losses for a run's settings.  problem: why it cannot take
-    them, None where it can.
+    them, None where it can.  sizes: of a drafter, for the torch module, the target's Hugging Face text config and the
+    settings.  model: computes the losses.  layers: of the target, whose states it reads, for that config.
     """
 
     drafter: str
     objective: Callable[[Recipe], Objective]
     problem: Callable[[Recipe], str | None]
+    sizes: Callable[[type[Any], Any, Recipe], Any]
+    model: type[TrainingModel] = TrainingModel
+    layers: Callable[[Recipe, Any], tuple[int, ...]] = lambda recipe, config: ()
 
     @property
     def trainable(self) -> type[Any]:
@@ -75,6 +80,38 @@ def eagle(recipe: Recipe) -> Objective:
     )
 
 
+def _blocks(recipe: Recipe, block: tuple[int, int], **how: Any) -> BlockObjective:
+    return BlockObjective(block=block, candidates=recipe.candidates, frequent=recipe.frequent, **how)
+
+
+def moa(recipe: Recipe) -> Objective:
+    """Each token is an anchor of the first draft position, one in K of all; early positions weigh more."""
+    length = recipe.num_serial_steps + recipe.num_heads
+    how = {"feature_weight": 1.0, "chain_floor": 0.3, "serial_decay": 0.8}
+    return _blocks(recipe, (length, length), **how)
+
+
+def moa_paper(recipe: Recipe) -> Objective:
+    """The released code's: an anchor every 6 to 14 tokens, drawn for each sequence; feature 1, ce 0.1."""
+    how = {"shifted": False, "every_first": False, "by_count": True, "feature_weight": 1.0, "ce_weight": 0.1}
+    return _blocks(recipe, (6, 14), **how)
+
+
+def target_layers(recipe: Recipe, target_config: Any) -> tuple[int, ...]:
+    """Layers that MoA reads: those asked for, else four of the last half (docs/training.md says why)."""
+    count = target_config.num_hidden_layers
+    return tuple(sorted(set(recipe.target_layers) or {count // 2, 2 * count // 3, 5 * count // 6, count}))
+
+
+def _serial_sizes(trainable: type[Any], target_config: Any, recipe: Recipe) -> Any:
+    return trainable.config_for(target_config, recipe.num_layers, recipe.num_serial_steps, recipe.num_heads)
+
+
+def _moa_sizes(trainable: type[Any], target_config: Any, recipe: Recipe) -> Any:
+    length = recipe.num_serial_steps + recipe.num_heads
+    return trainable.config_for(target_config, target_layers(recipe, target_config), length)
+
+
 def _no_heads(recipe: Recipe) -> str | None:
     return "num_heads is 0; a Gumiho drafter has at least one head" if recipe.num_heads == 0 else None
 
@@ -85,24 +122,46 @@ def _further_steps(recipe: Recipe) -> str | None:
     return f"further_steps is {recipe.further_steps}; recipe {recipe.recipe!r}, phase {recipe.phase!r} takes none"
 
 
+def _serial_problem(recipe: Recipe) -> str | None:
+    if recipe.target_layers:
+        return f"target_layers is {recipe.target_layers}; recipe {recipe.recipe!r} reads the target's last state alone"
+    return None
+
+
 def _unrolled_problem(recipe: Recipe) -> str | None:
-    return (_further_steps(recipe) if recipe.phase == "heads" else None) or _no_heads(recipe)
+    return (_further_steps(recipe) if recipe.phase == "heads" else None) or _no_heads(recipe) or _serial_problem(recipe)
 
 
 def _paper_problem(recipe: Recipe) -> str | None:
-    return _further_steps(recipe) or _no_heads(recipe)
+    return _further_steps(recipe) or _no_heads(recipe) or _serial_problem(recipe)
 
 
 def _eagle_problem(recipe: Recipe) -> str | None:
     if recipe.phase != "all" or recipe.init_from or recipe.draft_vocab:
         return "recipe 'eagle' has one phase, its own start and the whole vocabulary"
+    return _further_steps(recipe) or _serial_problem(recipe)
+
+
+def _moa_problem(recipe: Recipe) -> str | None:
+    if recipe.phase != "all" or recipe.start != "random" or recipe.num_layers != 2:
+        return f"recipe {recipe.recipe!r} has one phase, a random start (or init_from) and two layers"
+    if recipe.num_serial_steps + recipe.num_heads < 2:
+        return f"recipe {recipe.recipe!r} drafts num_serial_steps + num_heads tokens; give 2 or more"
     return _further_steps(recipe)
 
 
+def _moa_paper_problem(recipe: Recipe) -> str | None:
+    if recipe.own_tokens:
+        return f"own_tokens is {recipe.own_tokens}; recipe 'moa-paper' takes none, recipe 'moa' does"
+    return _moa_problem(recipe)
+
+
 RECIPES = {
-    "paper": Kind("gumiho", paper, _paper_problem),
-    "unrolled": Kind("gumiho", unrolled, _unrolled_problem),
-    "eagle": Kind("eagle", eagle, _eagle_problem),
+    "paper": Kind("gumiho", paper, _paper_problem, _serial_sizes),
+    "unrolled": Kind("gumiho", unrolled, _unrolled_problem, _serial_sizes),
+    "eagle": Kind("eagle", eagle, _eagle_problem, _serial_sizes),
+    "moa": Kind("moa", moa, _moa_problem, _moa_sizes, BlockTrainingModel, target_layers),
+    "moa-paper": Kind("moa", moa_paper, _moa_paper_problem, _moa_sizes, BlockTrainingModel, target_layers),
 }
 
 
@@ -131,8 +190,7 @@ def objective_of(recipe: Recipe, vocabulary: Tensor | None = None) -> Objective:
     )
 
 
-def new_drafter(recipe: Recipe, target_config: Any) -> SerialDrafter:
+def new_drafter(recipe: Recipe, target_config: Any) -> Any:
     """The drafter of a run, untrained.  target_config: the target's Hugging Face text config."""
-    trainable = RECIPES[recipe.recipe].trainable
-    sizes = trainable.config_for(target_config, recipe.num_layers, recipe.num_serial_steps, recipe.num_heads)
-    return trainable(sizes)
+    kind = RECIPES[recipe.recipe]
+    return kind.trainable(kind.sizes(kind.trainable, target_config, recipe))

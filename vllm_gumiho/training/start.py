@@ -111,9 +111,10 @@ def start(drafter: SerialDrafter, recipe: Recipe, target: FrozenTarget, rows: Da
             return target.features(batch)
 
     probe = features_of({name: value[None].to(device) for name, value in rows[0].items()})
-    scale = probe[(rows[0]["segments"] > 0)[None].to(device)].float().square().mean().sqrt()
+    width = target.embed.shape[1]
+    scale = probe[(rows[0]["segments"] > 0)[None].to(device), :width].float().square().mean().sqrt()
     drafter.init_weights(float(scale), float(target.embed.float().square().mean().sqrt()))
-    if recipe.init == "target":
+    if recipe.start == "target":
         layers = getattr(target.model.base_model, "layers", ())
         try:
             drafter.init_from_target(layers)
@@ -132,6 +133,6 @@ def start(drafter: SerialDrafter, recipe: Recipe, target: FrozenTarget, rows: Da
                 f"init_from {recipe.init_from}: another shape than this run's drafter: {error}"
             ) from error
         return 0
-    if recipe.init == "linear":
+    if recipe.start == "linear":
         return start_linear(drafter, rows, target.embed, features_of, recipe.fit_tokens)
     return 0

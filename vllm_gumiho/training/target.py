@@ -2,6 +2,7 @@
 
 Features and logits are those of the model's own forward pass in transformers, whatever the model: its own masks, its
 own attention, and what it does before and after its LM head (`vllm_gumiho.training.target_head`).
+Beside the last hidden states, a drafter may read the states at the inputs of some layers: they lie behind them.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vllm_gumiho.errors import RecipeError
 from vllm_gumiho.training.data import segment_spans
 from vllm_gumiho.training.store import FeatureStore, key_of
 from vllm_gumiho.training.target_head import head_reads, read_head
@@ -26,9 +29,19 @@ ALIKE = 0.7
 PASS_TOKENS, FILL_TOKENS = 4096, 8192
 
 
-def open_target(folder: str, cache: str | Path | None = None, device: torch.device | None = None) -> FrozenTarget:
-    """The frozen target of a folder.  device: None is a GPU where there is one.  Raises: TargetError."""
-    target = FrozenTarget(load_target(folder), cache, folder)
+def open_target(
+    folder: str,
+    cache: str | Path | None = None,
+    device: torch.device | None = None,
+    layers: Callable[[Any], tuple[int, ...]] = lambda config: (),
+) -> FrozenTarget:
+    """The frozen target of a folder.  device: None is a GPU where there is one.
+
+    layers: those of `FrozenTarget`, for the target's Hugging Face text config.
+    Raises: TargetError, and RecipeError for layers that it does not have.
+    """
+    model = load_target(folder)
+    target = FrozenTarget(model, cache, folder, layers(model.config.get_text_config()))
     return target.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -38,16 +51,29 @@ class FrozenTarget:
     Features are what the LM head reads: mostly the hidden states after the final norm (what a vLLM model's
     ``forward`` returns).  cache: a folder in which the features of a sequence are kept as bfloat16 (`FeatureStore`), so
     that later epochs and other runs on the same conversations need no target pass; None computes them anew each time.
-    name: for messages.  Raises: TargetError for a model whose head cannot be read.
+    name: for messages.  layers: of which the states at their inputs follow the features, in this order, each of width
+    H; layer number L of a target of L layers is what comes out of its last one, before the final norm.  ``width`` is H
+    with these.  Raises: TargetError for a model whose head cannot be read.
     """
 
-    def __init__(self, model: nn.Module, cache: str | Path | None = None, name: str | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: str | Path | None = None,
+        name: str | None = None,
+        layers: tuple[int, ...] = (),
+    ):
         self.model = model.eval().requires_grad_(False)
         self.name = name or model.config.name_or_path
+        self.layers = tuple(layers)
+        if self.layers:
+            self._check_layers()
         self._take_tensors()
+        self.width = (1 + len(self.layers)) * self.embed.shape[1]
         self.store: FeatureStore | None = None
         if cache:
-            self.store = FeatureStore(Path(cache), self._fingerprint(), self.embed.shape[1])
+            of = "".join(f"-{layer}" for layer in self.layers)
+            self.store = FeatureStore(Path(cache), self._fingerprint() + of, self.width)
 
     def to(self, device: torch.device) -> FrozenTarget:
         """Move to the device that the batches are on; nothing is done when it is there."""
@@ -58,7 +84,7 @@ class FrozenTarget:
 
     @torch.no_grad()
     def features(self, batch: dict[str, Tensor]) -> Tensor:
-        """``[R, T, H]`` for rows of ``input_ids`` and ``segments`` ``[R, T]``; zeros where there is padding.
+        """``[R, T, width]`` for rows of ``input_ids`` and ``segments`` ``[R, T]``; zeros where there is padding.
 
         bfloat16 from the store, else in the target's dtype.
         """
@@ -80,7 +106,7 @@ class FrozenTarget:
         """`features` anew, whatever the store has; in the target's dtype."""
         ids = batch["input_ids"]
         spans = segment_spans(batch["segments"])
-        out = torch.zeros(*ids.shape, self.embed.shape[1], device=ids.device, dtype=self.embed.dtype)
+        out = torch.zeros(*ids.shape, self.width, device=ids.device, dtype=self.embed.dtype)
         for (row, a, b), found in zip(spans, self.compute_sequences([ids[r, a:b] for r, a, b in spans]), strict=True):
             out[row, a:b] = found
         return out
@@ -128,11 +154,64 @@ class FrozenTarget:
             order = order[len(group) :]
             # Under a causal mask nothing that follows a token reaches it, so no mask for the padding is needed.
             ids = nn.utils.rnn.pad_sequence([sequences[i] for i in group], batch_first=True)
-            with head_reads(self.model) as read:
-                self.model(input_ids=ids, use_cache=False)
-            for i, features in zip(group, read[0], strict=True):
+            hidden = self._pass(ids)
+            for i, features in zip(group, hidden, strict=True):
                 found[i] = features[: len(sequences[i])]
         return found
+
+    def _pass(self, ids: Tensor) -> Tensor:
+        """Features ``[R, T, width]`` of token ids ``[R, T]``."""
+        base, states = self.model.base_model, {}
+
+        def keep(layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+            def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+                states[layer] = given[0] if given else named["hidden_states"]
+
+            return hook
+
+        places = [*base.layers, base.norm] if self.layers else []
+        hooks = [places[layer].register_forward_pre_hook(keep(layer), with_kwargs=True) for layer in self.layers]
+        try:
+            with head_reads(self.model) as read:
+                self.model(input_ids=ids, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat([read[0], *(states[layer].to(read[0].dtype) for layer in self.layers)], dim=-1)
+
+    @torch.no_grad()
+    def masked(self, ids: Tensor, positions: Tensor, sees: Tensor) -> Tensor:
+        """Features ``[R, T, H]`` of token ids at positions ``[R, T]``, in any order; without states.
+
+        sees bool ``[R, T, T]``: which of them each sees, beside itself.  Raises: RecipeError for a target that hides
+        more than a causal mask does.
+        """
+        config = self.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or ()
+        windows = getattr(config, "sliding_window", None) if not kinds else None
+        if windows or set(kinds) - {"full_attention"} or self.model.config._attn_implementation != "sdpa":
+            raise RecipeError(
+                f"own_tokens: target {self.name} attends in another way than to all tokens before, and judges no "
+                "chains of drafted tokens; train without --own-tokens"
+            )
+        attends = sees | torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device)
+        with head_reads(self.model) as read:
+            self.model(input_ids=ids, position_ids=positions, attention_mask=attends[:, None], use_cache=False)
+        return read[0]
+
+    def _check_layers(self) -> None:
+        count = len(getattr(self.model.base_model, "layers", ()))
+        if not count or not hasattr(self.model.base_model, "norm"):
+            raise RecipeError(
+                f"target {self.name}: {type(self.model).__name__} has no list of layers with a norm after it, whose "
+                "states MoA reads; train gumiho or eagle for this target"
+            )
+        wrong = [layer for layer in self.layers if not 0 <= layer <= count]
+        if wrong:
+            raise RecipeError(
+                f"target_layers {', '.join(map(str, wrong))}: the target has {count} layers; choose from 0, the input "
+                f"of the first, to {count}, the state after the last"
+            )
 
     def _take_tensors(self) -> None:
         self.embed = self.model.get_input_embeddings().weight.detach()

@@ -66,13 +66,13 @@ class DrafterTrainer(Trainer):
         if made is not None:
             return made
         drafter, name, rate = self.model.drafter, self._recipe.optimizer, self._recipe.rate_of_fc
-        fc = list(drafter.fc.parameters())
+        fc = list(drafter.fitted_parameters())
         if name.startswith("muon"):
             heads = drafter.head_parameters() if name == "muon-serial" else ()
             self.optimizer = MuonWithAdamW(self.model.parameters(), self.args.learning_rate, heads, fc, rate)
             return self.optimizer
         optimizer = super().create_optimizer(*args, **kwargs)
-        if rate != 1.0:
+        if fc and rate != 1.0:
             apart(optimizer, fc, rate * self.args.learning_rate)
         return optimizer
 
@@ -164,13 +164,15 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     One process trains on one device; under ``torchrun`` or ``accelerate launch`` every process takes its share of the
     rows.  Raises: RecipeError for a wrong setting, DataError for unusable data or evaluation prompts in it.
     """
-    kind_of(recipe)
+    kind = kind_of(recipe)
     set_seed(recipe.seed)
     last = last_checkpoint(Path(recipe.output)) if resume else recipe.branch_from
     if last is not None and not Path(last, "trainer_state.json").is_file():
         raise RecipeError(f"branch_from {last}: no whole checkpoint there; give a run's folder checkpoint-N")
     # Before the arguments start a process group: under FSDP all but one process would then read no weights.
-    target = open_target(recipe.target, recipe.feature_cache, torch.device("cpu"))
+    target = open_target(
+        recipe.target, recipe.feature_cache, torch.device("cpu"), lambda config: kind.layers(recipe, config)
+    )
     arguments = _arguments(recipe)
     target.to(arguments.device)
     text_config = target.model.config.get_text_config()
@@ -196,12 +198,13 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     # Weights of a checkpoint take the place of any start.
     start(drafter, replace(recipe, init="random", init_from=None) if last else recipe, target, train_rows)
     if recipe.rate_of_fc == 0:
-        drafter.fc.requires_grad_(False)
+        for parameter in drafter.fitted_parameters():
+            parameter.requires_grad_(False)
     frozen = {"heads": drafter.serial_parameters, "serial": drafter.head_parameters}
     if recipe.phase in frozen:
         for parameter in frozen[recipe.phase]():
             parameter.requires_grad_(False)
-    training_model = TrainingModel(
+    training_model = kind.model(
         drafter, objective_of(recipe, vocabulary), target, frequent, recipe.own_tokens, recipe.bf16
     )
     # Now, of the files that were read: more answers may be appended to them while the run lasts.

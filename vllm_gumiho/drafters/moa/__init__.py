@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from vllm_gumiho.drafters.moa.layout import MoaSizes
 
 
+# vLLM's classes whose layers have input_layernorm, self_attn.qkv_proj, at times k_norm, and one rotary embedding.
+_GIVE_KEYS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _OF_TARGET_LAYERS = ("num_key_value_heads", "intermediate_size", "num_hidden_layers", "architectures")
 
 
@@ -35,7 +37,7 @@ class Moa:
         "vllm.v1.spec_decode.eagle:EagleProposer": "vllm_gumiho.runners.moa_v1:MoaProposer",
         "vllm.v1.worker.gpu.spec_decode.eagle.speculator:EagleSpeculator": "vllm_gumiho.runners.moa_v2:MoaSpeculator",
     }
-    reads = "the input states of some of the target's layers"
+    reads = "the input states of some of the target's layers, or the keys and values of all"
     drafts = "a token a pass, each from features of verified tokens"
     released: Mapping[str, str] = {
         "meta-llama/Meta-Llama-3-8B-Instruct": "huawei-noah/MOASpec-Llama-3-8B-Instruct",
@@ -65,28 +67,23 @@ class Moa:
         return {key: value for key, value in config.items() if key not in _OF_TARGET_LAYERS}
 
     def fit(self, where: Path, sizes: MoaSizes, target: ModelConfig, parallel: ParallelConfig | None) -> dict[str, Any]:
-        """Nothing hangs on the target; it must have these layers and give their states.
+        """All layers of the target, where the checkpoint reads keys and values; else it names its layers itself.
 
-        Raises: CheckpointError where it does not, for keys and values as input, and for split contexts.
+        Raises: CheckpointError where the target does not have or does not give what is read, and for split contexts.
         """
         from vllm.model_executor.model_loader.utils import get_model_cls
         from vllm.model_executor.models.interfaces import supports_eagle3
 
-        layers = target.get_total_num_hidden_layers()
+        layers, kind = target.get_total_num_hidden_layers(), get_model_cls(target)
         beyond = [str(layer) for layer in sizes.target_layers if layer > layers]
         if beyond:
             raise CheckpointError(
                 f"{where}: reads states of layer {', '.join(beyond)}, and target {target.model} has {layers} layers; "
                 "use a checkpoint trained for this target"
             )
-        if not sizes.target_layers:
+        if not supports_eagle3(kind):
             raise CheckpointError(
-                f"{where}: reads the keys and values of all of the target's layers, which is not built yet; use a "
-                "checkpoint that reads states (it has state_norms)"
-            )
-        if not supports_eagle3(get_model_cls(target)):
-            raise CheckpointError(
-                f"{where}: reads states of inner layers, which vLLM's class {get_model_cls(target).__name__} of target "
+                f"{where}: reads states of inner layers, which vLLM's class {kind.__name__} of target "
                 f"{target.model} does not give; use a drafter that reads the last state alone, such as gumiho"
             )
         if parallel is not None and parallel.decode_context_parallel_size > 1:
@@ -94,7 +91,22 @@ class Moa:
                 f"{where}: attends to verified tokens alone, whose lengths vLLM does not split over ranks; use "
                 f"decode_context_parallel_size=1 (not {parallel.decode_context_parallel_size})"
             )
-        return {}
+        if sizes.target_layers:
+            return {}
+        if kind.__name__ not in _GIVE_KEYS:
+            raise CheckpointError(
+                f"{where}: reads the keys and values of all layers, which cannot be made again for vLLM's class "
+                f"{kind.__name__} of target {target.model} (for {', '.join(_GIVE_KEYS)}); use a checkpoint that reads "
+                "states (it has state_norms)"
+            )
+        heads, size = target.get_total_num_kv_heads(), target.get_head_size()
+        if sizes.layer_width != 2 * heads * size:
+            raise CheckpointError(
+                f"{where}: reads keys and values of {sizes.layer_width} numbers a token and layer, and target "
+                f"{target.model} has {2 * heads * size} ({heads} heads of {size}); use a checkpoint trained for this "
+                "target"
+            )
+        return {self.config_keys[0]: list(range(layers))}
 
     def lacking_in_v2(self, vllm_config: Any) -> list[str]:
         """LoRA adapters, as with every draft model of vLLM 0.32's V2."""

@@ -21,7 +21,10 @@ CHUNK_BYTES = 64 << 20
 class LayerFeatures(nn.Module):
     """``state_norms``, ``layer_self_attention`` and ``Ekv2E``; state-dict names are the checkpoint's."""
 
-    def __init__(self, shape: LayerShape, hidden_size: int, rope_theta: float, rms_norm_eps: float):
+    def __init__(
+        self, shape: LayerShape, hidden_size: int, rope_theta: float, rms_norm_eps: float, num_layers: int | None = None
+    ):
+        """num_layers: of the target, where all are read."""
         super().__init__()
         config = DrafterConfig(
             hidden_size=shape.width,
@@ -34,6 +37,7 @@ class LayerFeatures(nn.Module):
             vocab_size=0,
         )
         self.target_layers = tuple(shape.target_layers)
+        self.num_layers = len(self.target_layers) or num_layers or 0
         self.state_norms = nn.ModuleDict({str(i): RMSNorm(shape.width, rms_norm_eps) for i in self.target_layers})
         self.layer_self_attention = AttentionLayer(config)
         self.Ekv2E = nn.Linear(shape.width, hidden_size)
@@ -51,13 +55,10 @@ class LayerFeatures(nn.Module):
         mixed = self.layer_self_attention(held, places, held, places)
         return self.Ekv2E(mixed.mean(1))
 
-    def in_chunks(self, held: Tensor) -> Tensor:
-        """`forward`, holding the activations of no more than CHUNK_BYTES at a time."""
-        of_token = held.shape[1] * self.elements_of_state * held.element_size()
-        size = max(1, CHUNK_BYTES // of_token)
-        if held.shape[0] <= size:
-            return self(held)
-        features = held.new_empty(held.shape[0], self.Ekv2E.out_features)
-        for rows, out in zip(held.split(size), features.split(size), strict=True):
-            out.copy_(self(rows))
-        return features
+    def chunk(self, elements: int, element_size: int, ranks: int) -> int:
+        """Tokens of which no more than CHUNK_BYTES are alive at a time.
+
+        elements: of a token, beside those of the layer attention.  ranks: among which a chunk's tokens are shared out.
+        """
+        of_token = self.num_layers * self.elements_of_state / ranks + elements
+        return max(1, int(CHUNK_BYTES / (of_token * element_size)))

@@ -9,8 +9,9 @@ Annotations are real types here, not strings: vLLM's torch.compile support reads
 Shapes: N rows of a pass, H hidden size, m target layers read.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
@@ -29,6 +30,8 @@ from vllm_gumiho.drafters.lm_head import GreedyArgmax
 from vllm_gumiho.drafters.moa.context import VerifiedAttention
 from vllm_gumiho.drafters.moa.features import LayerFeatures
 from vllm_gumiho.drafters.moa.layout import CROSS, LAYER_KEY, SELF, LayerShape
+from vllm_gumiho.drafters.moa.target_keys import TargetKeys
+from vllm_gumiho.drafters.ranks import on_shares
 from vllm_gumiho.drafters.target_owned import TargetHead, TargetOwned, whole_attention
 
 
@@ -120,8 +123,8 @@ class MoaModel(nn.Module):
 class MoaForCausalLM(TargetHead, Eagle3LlamaForCausalLM):
     """Draft model: layer self-attention, self-attention, cross-attention, the target's embedding and LM head.
 
-    One of vLLM's EAGLE-3 models by class, as its runners ask, and by nothing else: the target gives it the states of
-    the layers that ``combine_hidden_states`` makes features of.
+    One of vLLM's EAGLE-3 models by class, as its runners ask, and by nothing else: the target gives the states of the
+    layers that `features_of` makes features of.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
@@ -136,7 +139,10 @@ class MoaForCausalLM(TargetHead, Eagle3LlamaForCausalLM):
         self.num_states = len(config.eagle_aux_hidden_state_layer_ids)
         shape = LayerShape(**getattr(config, LAYER_KEY))
         theta, eps = config.rope_parameters["rope_theta"], config.rms_norm_eps
-        self.features = LayerFeatures(shape, config.hidden_size, theta, eps).requires_grad_(False)
+        features = LayerFeatures(shape, config.hidden_size, theta, eps, self.num_states)
+        self.features = features.requires_grad_(False)
+        # Of the target whose keys and values are read, once it is known.
+        self.target_keys: TargetKeys | None = None
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, hidden_states: Tensor, inputs_embeds: Tensor | None = None
@@ -150,9 +156,30 @@ class MoaForCausalLM(TargetHead, Eagle3LlamaForCausalLM):
         hidden_states = self.model(input_ids, positions)
         return hidden_states, hidden_states
 
+    def read_target(self, target: nn.Module) -> None:
+        """The loaded target, whose modules make keys and values where these are what the features come from."""
+        if not self.features.target_layers:
+            self.target_keys = TargetKeys(target)
+
+    def features_of(self, states: Sequence[Tensor], positions: Tensor) -> Tensor:
+        """States ``[N, H]`` of each of m target layers, of tokens at positions ``[N]`` -> features ``[N, H]``.
+
+        A chunk at a time, whose tokens the ranks share out.
+        """
+        elements = 0 if self.target_keys is None else self.target_keys.elements_of_token
+        ranks = get_tensor_model_parallel_world_size()
+        size = self.features.chunk(elements, states[0].element_size(), ranks)
+        features = torch.empty_like(states[0])
+        for first in range(0, features.shape[0], size):
+            rows = slice(first, first + size)
+            parts = [state[rows] for state in states]
+            held = torch.stack(parts, 1) if self.target_keys is None else self.target_keys(parts, positions[rows])
+            features[rows] = on_shares(self.features, held)
+        return features
+
     def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
-        """States of m target layers side by side ``[N, m * H]`` -> features ``[N, H]``."""
-        return self.features.in_chunks(hidden_states.unflatten(-1, (self.num_states, -1)))
+        """As they are: the runners give features, which `features_of` makes from states and their positions."""
+        return hidden_states
 
     @property
     def features_layer(self) -> str:
@@ -169,8 +196,9 @@ class MoaForCausalLM(TargetHead, Eagle3LlamaForCausalLM):
         device = self.features.Ekv2E.bias.device
         tiles, argmax = choose_argmax(self.max_batch, tokens, refused, self.greedy_drafts, device, self.draft_dtype)
         self.greedy_argmax = GreedyArgmax(tokens.shard, tiles) if tokens and tiles else None
-        layers = ", ".join(map(str, self.config.eagle_aux_hidden_state_layer_ids))
-        return f"features of layers {layers}, {argmax}"
+        named = ", ".join(map(str, self.features.target_layers))
+        read = f"layers {named}" if named else f"keys and values of {self.num_states} layers"
+        return f"features of {read}, {argmax}"
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors under their checkpoint names; returns the names of the parameters filled."""

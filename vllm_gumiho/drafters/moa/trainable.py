@@ -7,6 +7,7 @@ Shapes: R rows, T tokens a row, m target layers read, W their width, H hidden si
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class MoaDrafter(LayerFeatures):
         self.cross_attention = AttentionLayer(c)
 
     @staticmethod
-    def config_for(target: Any, layers: tuple[int, ...]) -> MoaConfig:
+    def config_for(target: Any, layers: tuple[int, ...], max_draft_tokens: int = CHAIN) -> MoaConfig:
         """Sizes for a target, given by its Hugging Face text config, that read states of these layers.
 
         The draft layers have the target's shape, and the layer self-attention too, with an MLP of half the inside: it
@@ -58,7 +59,7 @@ class MoaDrafter(LayerFeatures):
             head_dim=draft.head_dim,
             target_layers=tuple(sorted(layers)),
         )
-        return MoaConfig(draft, shape)
+        return MoaConfig(draft, shape, max_draft_tokens)
 
     @torch.no_grad()
     def init_weights(self, feature_scale: float, embed_scale: float) -> None:
@@ -74,17 +75,35 @@ class MoaDrafter(LayerFeatures):
         nn.init.zeros_(self.Ekv2E.bias)
         nn.init.normal_(self.Ekv2E.weight, std=self.Ekv2E.in_features**-0.5)
 
-    def drafted_from(self, embeds: Tensor, features: Tensor, sees: Tensor) -> Tensor:
-        """What the LM head drafts from, for all tokens of a row at once, ``[R, T, H]``.
+    def attend_to_tokens(
+        self, x: Tensor, positions: Tensor, source: Tensor, source_positions: Tensor, sees: Tensor
+    ) -> Tensor:
+        """The self-attention layer: embeddings ``[R, Q, H]`` of tokens, over those of ``source [R, S, H]``.
 
-        embeds ``[R, T, H]``: of tokens 1..T.  features ``[R, T, H]``: of tokens 0..T-1.  sees bool ``[R, T, T]``: the
-        features that each token's query may see; the self-attention is causal.
+        positions: the tokens' own.  sees bool ``[R, Q, S]``.  Returns ``[R, Q, H]``.
         """
-        rows, length, _ = embeds.shape
-        places = torch.arange(length, device=embeds.device).expand(rows, -1)
-        causal = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()
-        x = self.self_attention(embeds, places + 1, embeds, places + 1, causal[None, None])
-        return self.cross_attention(x, places + 1, features, places, sees[:, None])
+        return self.self_attention(x, positions, source, source_positions, sees[:, None])
+
+    def attend_to_features(
+        self, x: Tensor, positions: Tensor, features: Tensor, feature_positions: Tensor, sees: Tensor
+    ) -> Tensor:
+        """What the LM head drafts from, ``[R, Q, H]``: queries of `attend_to_tokens`, over features ``[R, T, H]``.
+
+        positions: the queries' tokens' own.  sees bool ``[R, Q, T]``.
+        """
+        return self.cross_attention(x, positions, features, feature_positions, sees[:, None])
+
+    def serial_parameters(self) -> Iterator[nn.Parameter]:
+        """All: each pass drafts one token."""
+        return self.parameters()
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """None."""
+        yield from ()
+
+    def fitted_parameters(self) -> Iterator[nn.Parameter]:
+        """None: there is no start in closed form."""
+        yield from ()
 
     def save(self, folder: Path, tensors: dict[str, Tensor], verifier: str, vocabulary: Tensor | None) -> None:
         """Write the trained ``tensors`` in the speculators layout.
