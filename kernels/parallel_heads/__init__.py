@@ -2,7 +2,7 @@
 
 from vllm_gumiho.kernels.parallel_heads.batched import parallel_heads_batched
 from vllm_gumiho.kernels.parallel_heads.dispatch import HeadsPath, choose_path, launches, new_counters, parallel_heads
-from vllm_gumiho.kernels.parallel_heads.fp8 import HeadScales, dequantize_heads, quantize_heads
+from vllm_gumiho.kernels.parallel_heads.eight_bit import HeadScales, dequantize_heads, quantize_heads
 from vllm_gumiho.kernels.parallel_heads.reference import (
     GAVE_UP,
     HEAD_STAGES,

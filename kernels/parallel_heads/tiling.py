@@ -21,8 +21,9 @@ class Device:
     processors: int
     shared_per_processor: int  # bytes
     shared_per_program: int  # bytes, the most one program may ask for
-    native_fp8: bool = True  # converts e4m3 in hardware
+    native_fp8: bool = False  # of AMD's: converts e4m3fn in hardware
     amd: bool = False
+    packed: bool = True  # runs PTX
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Tiling:
     num_stages: int
     num_warps: int
     programs: int
-    native_fp8: bool = True
+    native_fp8: bool = False
     amd: bool = False
+    packed: bool = False  # 8-bit codes are decoded four at a time, in PTX
 
     def shared_bytes(self, weight_bytes: int, activation_bytes: int) -> int:
         """Upper estimate of one program's shared memory, checked against compiled kernels by the ahead-of-time test.
@@ -90,7 +92,7 @@ def _shapes(weight_bytes: int) -> tuple[tuple[int, ...], int]:
     if weight_bytes == 4:
         return (16,), 32
     if weight_bytes == 1:
-        return (32, 16), 256
+        return (64,), 128
     return (64, 32, 16), 128
 
 
@@ -107,13 +109,13 @@ def choose_tiling(
     rows, block_k = _shapes(weight_bytes)
     if device.amd:
         block_h = rows[0]
-        return Tiling(block_h, block_b, block_k, 2, 4, heads * -(-hidden // block_h), device.native_fp8, True)
+        return Tiling(block_h, block_b, block_k, 2, 4, heads * -(-hidden // block_h), device.native_fp8, True, False)
     found: list[tuple[float, int, Tiling]] = []
     for block_h in rows:
         for per_processor in (2, 1):
             for num_stages in (5, 4, 3, 2):
                 programs = device.processors * per_processor
-                tiling = Tiling(block_h, block_b, block_k, num_stages, 4, programs, device.native_fp8)
+                tiling = Tiling(block_h, block_b, block_k, num_stages, 4, programs, packed=device.packed)
                 shared = tiling.shared_bytes(*sizes)
                 fits = per_processor * (shared + _KEPT_BACK) <= device.shared_per_processor
                 if fits and shared <= device.shared_per_program and (num_stages > 2 or per_processor == 1):

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from vllm_gumiho.kernels.aot import TARGETS
+from vllm_gumiho.kernels.device import converts_e4m3
 from vllm_gumiho.kernels.lm_head_argmax.tiles import MAX_ROWS, ROW_TILES
 from vllm_gumiho.kernels.lm_head_argmax.triton import choose_argmax_tiling
 from vllm_gumiho.kernels.parallel_heads import HeadsPath, dispatch
-from vllm_gumiho.kernels.parallel_heads.dispatch import converts_e4m3
 from vllm_gumiho.kernels.parallel_heads.tiling import (
     BATCH_TILES,
     Tiling,

@@ -104,6 +104,11 @@ class Drafter(Protocol):
         """Names of published checkpoints begin with it, in lower case."""
         ...
 
+    @property
+    def takes_eight_bits(self) -> bool:
+        """Whether its vLLM model keeps matrices in 8 bits (``draft_weights``)."""
+        ...
+
     def has_tensors(self, names: Collection[str]) -> bool:
         """Whether these are the tensor names of such a drafter, whole or not."""
         ...

@@ -42,6 +42,7 @@ class Gumiho:
         "meta-llama/Meta-Llama-3-70B-Instruct": "amd/Gumiho-llama3-70b",
     }
     hub_prefix = "amd/gumiho-"
+    takes_eight_bits = True
     config_keys = ("num_serial_steps", "num_parallel_heads", "fc_bias")
 
     def has_tensors(self, names: Collection[str]) -> bool:

@@ -41,6 +41,7 @@ class Moa:
         "meta-llama/Meta-Llama-3-8B-Instruct": "huawei-noah/MOASpec-Llama-3-8B-Instruct",
     }
     hub_prefix = "huawei-noah/moaspec-"
+    takes_eight_bits = False
     config_keys = ("eagle_aux_hidden_state_layer_ids", "layer_attention")
 
     def has_tensors(self, names: Collection[str]) -> bool:
