@@ -59,6 +59,7 @@ def _compile(
     constants: dict[str, Any],
     num_warps: int,
     cooperative: bool = False,
+    dependent: bool = False,
 ) -> Any:
     """pointers: element type by argument; integers: names of the other run-time arguments."""
     import triton
@@ -72,6 +73,7 @@ def _compile(
     attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn, signature, constants, attributes)
     options = {"num_warps": num_warps, "launch_cooperative_grid": cooperative}
+    options |= {"launch_pdl": True} if dependent else {}
     return triton.compile(source, target=_gpu_target(target), options=options)
 
 
@@ -119,7 +121,7 @@ def _bytes_in_flight(compiled: Any) -> int:
 
 def heads_reports(target: str, hidden: int, batch: int, dtype: str, weights: str, heads: int = 5) -> Iterator[Report]:
     """The parallel heads in the form that the target uses: one launch with barriers, or the two kinds of stage."""
-    from vllm_gumiho.kernels.parallel_heads.triton import MAX_POLLS, parallel_heads_kernel
+    from vllm_gumiho.kernels.parallel_heads.triton import BYTES_AHEAD, MAX_POLLS, parallel_heads_kernel
 
     device, scaled = TARGETS[target], weights in _EIGHT_BIT
     sizes = _ELEMENT_SIZE[weights], _ELEMENT_SIZE[dtype]
@@ -128,9 +130,11 @@ def heads_reports(target: str, hidden: int, batch: int, dtype: str, weights: str
     pointers = dict.fromkeys(("rest_ptr", "last_ptr", "first_b_ptr", "b_ptr", "z_ptr"), dtype)
     pointers |= {"first_w_ptr": stored, "w_ptr": stored, "counters_ptr": "i32"}
     pointers |= dict.fromkeys(("first_s_ptr", "s_ptr"), "fp32" if scaled else dtype)
-    one, several = {"": (True, True)}, {", stage 0": (True, False), ", stage j": (False, False)}
-    forms = one if target.startswith("cuda") else several
-    for name, (first, barrier) in forms.items():
+    several = {", stage 0": (True, False, False), ", stage j": (False, False, False)}
+    forms = {"": (True, True, False)} if target.startswith("cuda") else several
+    if target == "cuda:90":
+        forms |= {f"{name} ahead": (first, False, True) for name, (first, _, _) in several.items()}
+    for name, (first, barrier, dependent) in forms.items():
         constants = {
             "FIRST": first,
             "BARRIER": barrier,
@@ -144,10 +148,12 @@ def heads_reports(target: str, hidden: int, batch: int, dtype: str, weights: str
             "BLOCK_K": tiling.block_k,
             "NUM_STAGES": tiling.num_stages,
             "MAX_POLLS": MAX_POLLS,
+            "AHEAD": BYTES_AHEAD if device.packed else 0,
+            "DEPENDENT": dependent,
         }
         integers = "rest_stride last_stride B begin end"
         compiled = _compile(
-            parallel_heads_kernel, target, pointers, integers, constants, tiling.num_warps, cooperative=barrier
+            parallel_heads_kernel, target, pointers, integers, constants, tiling.num_warps, barrier, dependent
         )
         shape = f"H={hidden} B={tiling.block_b} n={heads} {dtype} x {weights}{name}"
         tile = f"{tiling.block_h}x{tiling.block_k} depth {tiling.num_stages}"

@@ -23,6 +23,7 @@ class HeadsPath(str, Enum):
     """How the heads are computed."""
 
     FUSED = "one Triton launch"
+    DEPENDENT = "overlapping Triton launches"
     STAGES = "one Triton launch per stage"
     BATCHED = "batched matrix products"
 
@@ -76,6 +77,26 @@ def _heads_inputs(m: Tensor | Sequence[Tensor], hidden: int) -> tuple[Tensor, Te
     if len(others) < 2:
         return (others[0] if others else last[:, :0]), last
     return torch.cat(others, dim=-1), last
+
+
+def offered_paths(m: Tensor, path: HeadsPath) -> list[HeadsPath]:
+    """The kernels that the device of ``m`` offers where `choose_path` names ``path``, the most demanding first."""
+    if path is HeadsPath.BATCHED:
+        return []
+    overlap = m.device.type == "cuda" and launches_overlap(m.device.index or 0)
+    dependent = [HeadsPath.DEPENDENT] if overlap else []
+    return [*([path] if path is HeadsPath.FUSED else ()), *dependent, HeadsPath.STAGES]
+
+
+@functools.cache
+def launches_overlap(index: int) -> bool:
+    """Whether device ``index`` and Triton have programmatic dependent launch: from Hopper on."""
+    found = capability(index)
+    if isinstance(found, str) or found < (9, 0):
+        return False
+    from vllm_gumiho.kernels.parallel_heads.triton import gdc_wait
+
+    return gdc_wait is not None
 
 
 def choose_path(m: Tensor, weights: HeadWeights, scales: HeadScales | None = None) -> tuple[HeadsPath, str]:
@@ -161,5 +182,7 @@ def parallel_heads(
         tiling = choose_tiling(last_rows.shape[0], heads, hidden, *sizes, device)
         if on_cpu and path is HeadsPath.FUSED:
             tiling = replace(tiling, programs=1)
-        parts.append(parallel_heads_triton(rows, last_rows, weights, scales, tiling, counters))
+        parts.append(
+            parallel_heads_triton(rows, last_rows, weights, scales, tiling, counters, path is HeadsPath.DEPENDENT)
+        )
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

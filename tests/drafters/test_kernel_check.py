@@ -277,7 +277,7 @@ def test_ranks_take_what_all_of_them_have(monkeypatch, weights, tokens):
     asked: list[list[int]] = []
     monkeypatch.setattr(kernel_choice, "lowest_of_all_ranks", lambda values: asked.append(values) or [1, 0, 1, 0])
     choice = choose(weights, Shapes({1: 1, 2: 2}, 16), tokens)
-    assert asked == [[2, 2, 1, 1]]
+    assert asked == [[3, 3, 1, 1]]
     assert choice.heads == {(1, 16): HeadsPath.STAGES}
     assert choice.argmax == {16}
     assert choice.heads_reason.endswith("; left out on another rank")

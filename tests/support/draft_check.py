@@ -112,7 +112,18 @@ class ManyDrafts(ReferenceDrafter):
         return x + self.product(gate * up, f"{at}mlp.down_proj.weight")
 
     def logits(self, tokens: Tensor, features: Tensor, lengths: Tensor, drafted: Tensor) -> Tensor:
-        """Draft logits ``[D, K, V]`` after the first ``lengths [D]`` tokens of a text.
+        """Draft logits ``[D, K, V]``; arguments as `states` has them."""
+        return self.head_logits(self.states(tokens, features, lengths, drafted))
+
+    def head_logits(self, states: Tensor) -> Tensor:
+        """``[..., H]`` -> ``[..., V]``, minus infinity for what is never drafted."""
+        found = (self.product(states, "lm_head") + self.bias) * self.scale
+        if self.soft_cap is not None:
+            found = self.soft_cap * torch.tanh(found / self.soft_cap)
+        return found if self.allowed is None else found.masked_fill(~self.allowed, -torch.inf)
+
+    def states(self, tokens: Tensor, features: Tensor, lengths: Tensor, drafted: Tensor) -> Tensor:
+        """What the LM head drafts from, ``[D, K, H]``, after the first ``lengths [D]`` tokens of a text.
 
         tokens ``[T + 1]``, features ``[T, H]`` of the target.  drafted ``[D, K]``: serial tokens that later steps go on
         from, so that one difference does not make all behind it differ.
@@ -137,10 +148,7 @@ class ManyDrafts(ReferenceDrafter):
             positions.append(anchors + step + 1)
         count_heads = drafted.shape[1] - self.num_serial_steps
         heads = [self.head(torch.cat(own, dim=-1), index) for index in range(max(0, count_heads))]
-        found = (self.product(torch.stack((*hidden, *heads), dim=1), "lm_head") + self.bias) * self.scale
-        if self.soft_cap is not None:
-            found = self.soft_cap * torch.tanh(found / self.soft_cap)
-        return found if self.allowed is None else found.masked_fill(~self.allowed, -torch.inf)
+        return torch.stack((*hidden, *heads), dim=1)
 
 
 # What checkpoints call the embedding and the LM head.

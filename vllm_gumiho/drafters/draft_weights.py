@@ -53,6 +53,12 @@ class DraftWeights:
         return {WEIGHTS_KEY: self.matrices, HEAD_KEY: self.lm_head}
 
 
+def asked_for(asked: Any) -> Any:
+    """What a request for ``asked`` asks for: None leaves it to the environment, and that to ``auto``."""
+    value = DRAFT_WEIGHTS.get()
+    return asked if asked is not None else AUTO if value is None else value
+
+
 def choose(asked: Any, checkpoint: Checkpoint) -> DraftWeights:
     """What a request for ``asked``, None for the environment's word, means for this checkpoint.
 
@@ -60,9 +66,7 @@ def choose(asked: Any, checkpoint: Checkpoint) -> DraftWeights:
 
     Raises: DraftWeightsError for another value, and for 8 bits with a drafter that has no such model.
     """
-    source = KEY
-    if asked is None:
-        asked, source = DRAFT_WEIGHTS.get() or AUTO, DRAFT_WEIGHTS.name
+    source, asked = DRAFT_WEIGHTS.name if asked is None else KEY, asked_for(asked)
     if asked not in CHOICES:
         raise DraftWeightsError(
             f"{source}={asked!r} is not a choice; set it to auto (the default: as the checkpoint is), bf16 (the "

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_gumiho.drafters import DRAFTERS, PER_REQUEST, SEEDED_TEXT, Drafter
 from vllm_gumiho.drafters.checkpoints import LOAD_FORMAT, Checkpoint, drafter_in, open_checkpoint
-from vllm_gumiho.drafters.draft_weights import KEY, choose
+from vllm_gumiho.drafters.draft_weights import AUTO as AS_GIVEN
+from vllm_gumiho.drafters.draft_weights import KEY, asked_for, choose
 from vllm_gumiho.errors import CheckpointError
 from vllm_gumiho.request.catalogue import check_named, checkpoint_for, local_path
 from vllm_gumiho.request.draft_config import derive_draft_config, publish
@@ -146,7 +147,10 @@ def resolve(
         raise CheckpointError("draft_load_config is not for Gumiho, which reads its checkpoints itself; leave it out")
     if load_format != DUMMY:
         checkpoint.verify(target.get_vocab_size())
-    return Request(dict(spec), checkpoint.drafter, where, checkpoint, draft_config, load_format)
+    # What was measured or stored for a request is for these weights, whoever asked for them.
+    kept = {key: value for key, value in spec.items() if key != KEY}
+    kept |= {} if asked_for(spec.get(KEY)) == AS_GIVEN else {KEY: asked_for(spec.get(KEY))}
+    return Request(kept, checkpoint.drafter, where, checkpoint, draft_config, load_format)
 
 
 def _locate(spec: dict[str, Any], target: ModelConfig) -> tuple[str, Path]:

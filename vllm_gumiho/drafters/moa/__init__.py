@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from vllm_gumiho.checkpoint.files import TensorInfo
     from vllm_gumiho.drafters.moa.layout import MoaSizes
+    from vllm_gumiho.drafters.protocol import RoundBytes
 
 
 _OF_TARGET_LAYERS = ("num_key_value_heads", "intermediate_size", "num_hidden_layers", "architectures")
@@ -43,6 +44,10 @@ class Moa:
     hub_prefix = "huawei-noah/moaspec-"
     takes_eight_bits = False
     config_keys = ("eagle_aux_hidden_state_layer_ids", "layer_attention")
+
+    def round_bytes(self, sizes: Any, vocab_size: int, weights: str) -> RoundBytes:
+        """Not asked: its matrices have the engine's dtype."""
+        raise NotImplementedError("bytes of a round are known for drafters that take 8-bit weights")
 
     def has_tensors(self, names: Collection[str]) -> bool:
         """By the cross-attention or the layer self-attention."""
