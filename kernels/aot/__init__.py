@@ -237,7 +237,7 @@ def reports(
                 for rows in ROW_TILES:
                     yield from argmax_reports(target, hidden, rows, dtype, weights)
                 if weights in _EIGHT_BIT:
-                    for batch in BATCH_TILES:
+                    for batch in (*BATCH_TILES, 64):
                         yield from linear_reports(target, hidden, batch, dtype, weights)
 
 

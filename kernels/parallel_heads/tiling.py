@@ -87,12 +87,15 @@ def stage_time(
     return max(time / tiles, tiling.traffic(weight_bytes, activation_bytes) / _L2_OVER_MEMORY)
 
 
-def _shapes(weight_bytes: int) -> tuple[tuple[int, ...], int]:
-    """Rows to choose from and K block: rows of 128 to 512 bytes, tiles that the registers hold without spilling."""
+def _shapes(weight_bytes: int, amd: bool) -> tuple[tuple[int, ...], int]:
+    """Rows to choose from and K block: rows of 128 to 512 bytes, tiles that the registers hold without spilling.
+
+    8-bit weights have 64 rows, so that each is in one warp alone and decoded once.
+    """
     if weight_bytes == 4:
         return (16,), 32
     if weight_bytes == 1:
-        return (64,), 128
+        return (64,), 256 if amd else 128
     return (64, 32, 16), 128
 
 
@@ -106,7 +109,7 @@ def choose_tiling(
     """
     block_b = batch_tile(batch)
     sizes = weight_bytes, activation_bytes
-    rows, block_k = _shapes(weight_bytes)
+    rows, block_k = _shapes(weight_bytes, device.amd)
     if device.amd:
         block_h = rows[0]
         return Tiling(block_h, block_b, block_k, 2, 4, heads * -(-hidden // block_h), device.native_fp8, True, False)

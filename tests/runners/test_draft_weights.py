@@ -12,10 +12,10 @@ import tiny
 import torch
 from engines import CORES, GREEDY, UNEQUAL_PROMPTS, case, run_engines
 from layouts import LAYER
-from safetensors.torch import load_file, save_file
 
-from vllm_gumiho.checkpoint.tensors import D2T
+from vllm_gumiho.checkpoint.tensors import D2T, EMBEDDING, SCALE
 from vllm_gumiho.drafters.checkpoints import save_speculators
+from vllm_gumiho.kernels.eight_bit import quantise_rows
 
 pytestmark = pytest.mark.engine
 CALLS = [{"prompts": UNEQUAL_PROMPTS[:3], "sampling": GREEDY | {"max_tokens": 12}}]
@@ -31,7 +31,15 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
     save_speculators(folder / "int8", TENSORS, "target", LAYER, int8=True)
     vocabulary = torch.arange(0, tiny.VOCAB, 2)
     some = tiny.write_released(folder / "some", TENSORS | {D2T: vocabulary - torch.arange(len(vocabulary))})
-    return {"floats": str(floats), "int8": str(folder / "int8"), "some": str(some)}
+    # Codes and scales of float8 e4m3 in the file.
+    rows = {}
+    for name, tensor in TENSORS.items():
+        if tensor.ndim == 2 and name != EMBEDDING:
+            rows[name], rows[name + SCALE] = quantise_rows(tensor, torch.float8_e4m3fn)
+        else:
+            rows[name] = tensor
+    fp8 = tiny.write_released(folder / "fp8", rows, suffix="safetensors")
+    return {"floats": str(floats), "int8": str(folder / "int8"), "some": str(some), "fp8": str(fp8)}
 
 
 def drafting(checkpoint: str, weights: str, **more) -> dict:
@@ -50,6 +58,7 @@ def v1(tmp_path_factory, tiny_target, checkpoints):
         "fp8": case(tiny_target, drafting(checkpoints["floats"], "fp8"), CALLS),
         "int8": case(tiny_target, drafting(checkpoints["floats"], "int8"), CALLS),
         "auto of int8": case(tiny_target, drafting(checkpoints["int8"], "auto"), CALLS),
+        "auto of fp8": case(tiny_target, {"method": "gumiho", "model": checkpoints["fp8"]}, CALLS),
         "bf16 of int8": case(tiny_target, drafting(checkpoints["int8"], "bf16"), CALLS),
         "some tokens": case(tiny_target, drafting(checkpoints["some"], "int8"), CALLS),
         "drawn": case(tiny_target, drafting(checkpoints["floats"], "fp8", draft_sample_method="probabilistic"), DRAWN),
@@ -58,7 +67,7 @@ def v1(tmp_path_factory, tiny_target, checkpoints):
 
 
 @pytest.mark.feature("8-bit draft weights", "V1")
-@pytest.mark.parametrize("name", ["fp8", "int8", "auto of int8", "bf16 of int8", "some tokens"])
+@pytest.mark.parametrize("name", ["fp8", "int8", "auto of int8", "auto of fp8", "bf16 of int8", "some tokens"])
 def test_the_text_is_the_targets_own(v1, name):
     assert v1[name]["tokens"] == v1["off"]["tokens"]
     assert v1[name]["drafts"] > 0
@@ -79,6 +88,7 @@ def test_the_line_at_start_says_memory_and_what_multiplies(v1, checkpoints):
     assert 0.25 < megabytes(log, checkpoints["int8"], "int8") / wide < 0.32
     assert f"drafts with {checkpoints['floats']}: K=7, model runner V1, heads by vLLM's int8 products" in log
     assert re.search(rf"drafts with {checkpoints['floats']}.*LM head in int8 \([\d.]+ MB more\)", log)
+    assert megabytes(log, checkpoints["fp8"], "fp8") == megabytes(log, checkpoints["floats"], "fp8")
     assert not re.search(rf"drafts with {checkpoints['int8']}.*LM head in", log), "auto has the target's own"
 
 
@@ -121,24 +131,3 @@ def test_two_ranks_share_8_bit_rows(tmp_path, tiny_target, checkpoints):
     for kind in ("fp8", "int8"):
         assert found[kind]["tokens"] == found["off"]["tokens"]
         assert f"heads shared by 2 ranks, weights in {kind}" in found[kind]["log"]
-
-
-def test_an_fp8_checkpoint_is_kept_as_it_is(tmp_path, tiny_target):
-    """Codes and scales of float8 e4m3 in the file, and ``auto``."""
-    from vllm_gumiho.kernels.eight_bit import quantise_rows
-
-    save_speculators(tmp_path / "fp8", TENSORS, "target", LAYER)
-    tensors = load_file(tmp_path / "fp8" / "model.safetensors")
-    for name in [name for name, tensor in tensors.items() if tensor.ndim == 2]:
-        tensors[name], tensors[f"{name}_scale"] = quantise_rows(tensors[name], torch.float8_e4m3fn)
-    folder = tmp_path / "kept"
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors")
-    cases = {
-        "off": case(tiny_target, None, CALLS),
-        "auto": case(tiny_target, {"method": "gumiho", "model": str(folder)}, CALLS),
-    }
-    (tmp_path / "run").mkdir()
-    found = run_engines(tmp_path / "run", "v1", cases)
-    assert found["auto"]["tokens"] == found["off"]["tokens"]
-    assert re.search(rf"drafts with {folder}.*weights in fp8", found["auto"]["log"])

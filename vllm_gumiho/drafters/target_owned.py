@@ -146,7 +146,7 @@ class TargetHead:
         if matrix is None:
             asked = self.draft_weights.head_dtype is not None
             return ", LM head as the target has it" if asked else ""
-        return f", LM head in {self.draft_weights.lm_head} ({matrix.nbytes / 1e6:.1f} MB more)"
+        return f", LM head in {self.draft_weights.lm_head} ({matrix.nbytes / 1e6:.2f} MB more)"
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """``[N, H]`` -> ``[N, V]`` by the target's LM head, its bias included; -inf for tokens never drafted."""

@@ -189,7 +189,7 @@ class GumihoForCausalLM(TargetHead, LlamaForCausalLM):
         """For the log."""
         weights, dtype = self.draft_weights, str(self.draft_dtype).removeprefix("torch.")
         kind = weights.matrices if weights.dtype else dtype
-        return f"weights in {kind} ({self.weight_bytes / 1e6:.1f} MB){self.describe_head()}"
+        return f"weights in {kind} ({self.weight_bytes / 1e6:.2f} MB){self.describe_head()}"
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors under their checkpoint names; returns the names of the parameters filled."""
