@@ -35,11 +35,16 @@ SPLIT_HEADS = Variable(
     "Heads under tensor parallelism: `auto` shares them out where that spares enough reading, `1` always, `0` never.",
     "`auto`",
 )
+DRAFT_WEIGHTS = Variable(
+    "VLLM_GUMIHO_DRAFT_WEIGHTS",
+    "`auto`, `bf16`, `fp8` or `int8` for every draft; the key `draft_weights` comes before it.",
+    "`auto`",
+)
 SCHEDULE = Variable(
     "VLLM_GUMIHO_SCHEDULE",
     "A schedule record as JSON, before the stored ones; set for its children by a process that cannot store one.",
 )
-OURS = (CHECKPOINTS, KERNELS, SPLIT_HEADS, SCHEDULE)
+OURS = (CHECKPOINTS, DRAFT_WEIGHTS, KERNELS, SPLIT_HEADS, SCHEDULE)
 
 CACHE_ROOT = Variable("VLLM_CACHE_ROOT", "Schedules and drafts' configs lie in its folder `gumiho`.", "`~/.cache/vllm`")
 V2_RUNNER = Variable(

@@ -23,6 +23,10 @@ class KernelChoiceError(GumihoError):
     """The switch of the kernels has no such value, or asks for kernels that failed their check."""
 
 
+class DraftWeightsError(GumihoError):
+    """Draft weights asked for in a form that there is not, or that a drafter does not take."""
+
+
 class SplitHeadsError(GumihoError):
     """The switch that shares heads out among ranks has no such value."""
 

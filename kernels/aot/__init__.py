@@ -17,11 +17,12 @@ from vllm_gumiho.kernels.lm_head_argmax.tiles import ROW_TILES
 from vllm_gumiho.kernels.parallel_heads.tiling import BATCH_TILES, Device, choose_tiling
 
 TARGETS = {
-    "cuda:80": Device(108, 164 << 10, 163 << 10, native_fp8=False),
+    "cuda:80": Device(108, 164 << 10, 163 << 10),
     "cuda:90": Device(132, 228 << 10, 227 << 10),
-    "hip:gfx942": Device(304, 64 << 10, 64 << 10, native_fp8=False, amd=True),
+    "hip:gfx942": Device(304, 64 << 10, 64 << 10, amd=True, packed=False),
 }
-_ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}
+_EIGHT_BIT = ("fp8", "int8")
+_ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Report:
     shared: int  # bytes
     shared_limit: int  # bytes: what the tile choice counted with
     in_flight: int | None = None  # bytes of a program that are under way at once, by its instructions
+
+
+def _stored(weights: str, device: Device) -> str:
+    """Triton's type of weights in memory."""
+    return {"fp8": "fp8e4b8" if device.amd else "u8", "int8": "i8"}.get(weights, weights)
 
 
 def _gpu_target(name: str) -> Any:
@@ -53,6 +59,7 @@ def _compile(
     constants: dict[str, Any],
     num_warps: int,
     cooperative: bool = False,
+    dependent: bool = False,
 ) -> Any:
     """pointers: element type by argument; integers: names of the other run-time arguments."""
     import triton
@@ -66,6 +73,7 @@ def _compile(
     attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn, signature, constants, attributes)
     options = {"num_warps": num_warps, "launch_cooperative_grid": cooperative}
+    options |= {"launch_pdl": True} if dependent else {}
     return triton.compile(source, target=_gpu_target(target), options=options)
 
 
@@ -113,22 +121,25 @@ def _bytes_in_flight(compiled: Any) -> int:
 
 def heads_reports(target: str, hidden: int, batch: int, dtype: str, weights: str, heads: int = 5) -> Iterator[Report]:
     """The parallel heads in the form that the target uses: one launch with barriers, or the two kinds of stage."""
-    from vllm_gumiho.kernels.parallel_heads.triton import MAX_POLLS, parallel_heads_kernel
+    from vllm_gumiho.kernels.parallel_heads.triton import BYTES_AHEAD, MAX_POLLS, parallel_heads_kernel
 
-    device, scaled = TARGETS[target], weights == "fp8"
+    device, scaled = TARGETS[target], weights in _EIGHT_BIT
     sizes = _ELEMENT_SIZE[weights], _ELEMENT_SIZE[dtype]
     tiling = choose_tiling(batch, heads, hidden, *sizes, device)
-    stored = ("fp8e4nv" if device.native_fp8 else "u8") if scaled else weights
+    stored = _stored(weights, device)
     pointers = dict.fromkeys(("rest_ptr", "last_ptr", "first_b_ptr", "b_ptr", "z_ptr"), dtype)
     pointers |= {"first_w_ptr": stored, "w_ptr": stored, "counters_ptr": "i32"}
     pointers |= dict.fromkeys(("first_s_ptr", "s_ptr"), "fp32" if scaled else dtype)
-    one, several = {"": (True, True)}, {", stage 0": (True, False), ", stage j": (False, False)}
-    forms = one if target.startswith("cuda") else several
-    for name, (first, barrier) in forms.items():
+    several = {", stage 0": (True, False, False), ", stage j": (False, False, False)}
+    forms = {"": (True, True, False)} if target.startswith("cuda") else several
+    if target == "cuda:90":
+        forms |= {f"{name} ahead": (first, False, True) for name, (first, _, _) in several.items()}
+    for name, (first, barrier, dependent) in forms.items():
         constants = {
             "FIRST": first,
             "BARRIER": barrier,
             "SCALED": scaled,
+            "PACKED": tiling.packed,
             "HEADS": heads,
             "H": hidden,
             "PARTS": 2,
@@ -137,10 +148,12 @@ def heads_reports(target: str, hidden: int, batch: int, dtype: str, weights: str
             "BLOCK_K": tiling.block_k,
             "NUM_STAGES": tiling.num_stages,
             "MAX_POLLS": MAX_POLLS,
+            "AHEAD": BYTES_AHEAD if device.packed else 0,
+            "DEPENDENT": dependent,
         }
         integers = "rest_stride last_stride B begin end"
         compiled = _compile(
-            parallel_heads_kernel, target, pointers, integers, constants, tiling.num_warps, cooperative=barrier
+            parallel_heads_kernel, target, pointers, integers, constants, tiling.num_warps, barrier, dependent
         )
         shape = f"H={hidden} B={tiling.block_b} n={heads} {dtype} x {weights}{name}"
         tile = f"{tiling.block_h}x{tiling.block_k} depth {tiling.num_stages}"
@@ -150,7 +163,7 @@ def heads_reports(target: str, hidden: int, batch: int, dtype: str, weights: str
         yield Report("parallel_heads", target, f"{shape}, {tile}", registers, spills, shared, limit, in_flight)
 
 
-def argmax_reports(target: str, hidden: int, rows: int, dtype: str) -> Iterator[Report]:
+def argmax_reports(target: str, hidden: int, rows: int, dtype: str, weights: str) -> Iterator[Report]:
     """Both launches of the LM head's argmax."""
     from vllm_gumiho.kernels.lm_head_argmax.triton import (
         choose_argmax_tiling,
@@ -159,24 +172,55 @@ def argmax_reports(target: str, hidden: int, rows: int, dtype: str) -> Iterator[
     )
 
     device = TARGETS[target]
-    tiling = choose_argmax_tiling(rows, _ELEMENT_SIZE[dtype], device.shared_per_processor < 128 << 10)
+    small = device.shared_per_processor < 128 << 10
+    tiling = choose_argmax_tiling(rows, _ELEMENT_SIZE[weights], small, device.packed)
+    scaled = weights in _EIGHT_BIT
     constants = {
+        "SCALED": scaled,
+        "PACKED": device.packed,
         "H": hidden,
         "BLOCK_V": tiling.block_v,
         "BLOCK_R": tiling.block_r,
         "BLOCK_K": tiling.block_k,
         "NUM_STAGES": tiling.num_stages,
     }
-    pointers = {"rows_ptr": dtype, "weight_ptr": dtype, "top_ptr": "fp32", "index_ptr": "i32"}
+    pointers = {"rows_ptr": dtype, "weight_ptr": _stored(weights, device), "s_ptr": "fp32", "top_ptr": "fp32"}
+    pointers |= {"index_ptr": "i32"}
     integers = "R V tiles row_stride weight_stride"
     compiled = _compile(partial_argmax_kernel, target, pointers, integers, constants, tiling.num_warps)
     limit = device.shared_per_program
-    shape = f"H={hidden} R={tiling.block_r} {dtype}"
+    shape = f"H={hidden} R={tiling.block_r} {dtype}" + (f" x {weights}" if scaled else "")
     shared, in_flight = compiled.metadata.shared, _bytes_in_flight(compiled)
     yield Report("partial_argmax", target, shape, *_registers_and_spills(compiled), shared, limit, in_flight)
     pointers = {"top_ptr": "fp32", "index_ptr": "i32", "ids_ptr": "i64", "logits_ptr": "fp32"}
     compiled = _compile(reduce_argmax_kernel, target, pointers, "tiles index_offset", {"BLOCK_T": 1024}, 4)
     yield Report("reduce_argmax", target, "any", *_registers_and_spills(compiled), compiled.metadata.shared, limit)
+
+
+def linear_reports(target: str, hidden: int, batch: int, dtype: str, weights: str) -> Iterator[Report]:
+    """The product with 8-bit rows at the size of ``fc``, and of an LM head."""
+    from vllm_gumiho.kernels.eight_bit.triton import choose_linear_tiling, rows_linear_kernel
+
+    device = TARGETS[target]
+    for rows, columns in ((hidden, 2 * hidden), (128256, hidden)):
+        tiling = choose_linear_tiling(batch, rows, columns, device.processors, device.amd, device.packed)
+        constants = {
+            "K": columns,
+            "SPLITS": tiling.splits,
+            "BIAS": True,
+            "PACKED": tiling.packed,
+            "BLOCK_N": tiling.block_n,
+            "BLOCK_B": tiling.block_b,
+            "BLOCK_K": tiling.block_k,
+            "NUM_STAGES": tiling.num_stages,
+        }
+        pointers = {"x_ptr": dtype, "w_ptr": _stored(weights, device), "s_ptr": "fp32", "bias_ptr": dtype}
+        pointers |= {"part_ptr": "fp32", "out_ptr": dtype}
+        compiled = _compile(rows_linear_kernel, target, pointers, "B N x_stride", constants, tiling.num_warps)
+        shape = f"{rows}x{columns} B={tiling.block_b} splits={tiling.splits} {dtype} x {weights}"
+        shared, in_flight = compiled.metadata.shared, _bytes_in_flight(compiled)
+        limit = device.shared_per_program
+        yield Report("rows_linear", target, shape, *_registers_and_spills(compiled), shared, limit, in_flight)
 
 
 def reports(
@@ -190,9 +234,11 @@ def reports(
                 for batch in batches:
                     for count in heads:
                         yield from heads_reports(target, hidden, batch, dtype, weights, count)
-                if weights == dtype:
-                    for rows in ROW_TILES:
-                        yield from argmax_reports(target, hidden, rows, dtype)
+                for rows in ROW_TILES:
+                    yield from argmax_reports(target, hidden, rows, dtype, weights)
+                if weights in _EIGHT_BIT:
+                    for batch in (*BATCH_TILES, 64):
+                        yield from linear_reports(target, hidden, batch, dtype, weights)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -202,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hidden", nargs="+", type=int, default=[4096])
     parser.add_argument("--batch", nargs="+", type=int, default=list(BATCH_TILES))
     parser.add_argument("--heads", nargs="+", type=int, default=[5])
-    parser.add_argument("--dtype", nargs="+", default=["bf16:bf16", "fp16:fp16", "fp32:fp32", "bf16:fp8"])
+    parser.add_argument("--dtype", nargs="+", default=["bf16:bf16", "fp16:fp16", "fp32:fp32", "bf16:fp8", "bf16:int8"])
     parser.add_argument("--output", "--json", type=Path, help="also write the reports to this file")
     args = parser.parse_args(argv)
 

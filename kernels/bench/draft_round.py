@@ -13,40 +13,56 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_gumiho.kernels.bench.cases import ArgmaxCase, ArgmaxInputs, HeadsCase, HeadsInputs, argmax_logits
+from vllm_gumiho.kernels.eight_bit import EIGHT_BIT, EightBitRows, dequantise_rows, quantise_rows, rows_linear
 from vllm_gumiho.kernels.lm_head_argmax import TopToken, lm_head_argmax
-from vllm_gumiho.kernels.parallel_heads import SPACING, parallel_heads, parallel_heads_batched
+from vllm_gumiho.kernels.parallel_heads import SPACING, parallel_heads, parallel_heads_batched, quantize_heads
 
 SERIAL_STEPS = 2
+DRAFT_VOCABULARY = 32_000
 _LAYERS = 2
 # Stored vectors on the way through a serial step, each one rounding: fc; for each layer two norms, the projections,
 # the rotation, attention, o_proj, the residual, gate and up, their product, down_proj and the residual.
 _ROUNDINGS = 1 + _LAYERS * 11
 
 
+Matrix: TypeAlias = Tensor | EightBitRows
+
+
 class Layer(NamedTuple):
     """One decoder layer."""
 
-    qkv: Tensor  # [(heads + 2 kv heads) * D, H]
-    out: Tensor  # [H, heads * D]
-    gate_up: Tensor  # [2 * inner, H]
-    down: Tensor  # [H, inner]
+    qkv: Matrix  # [(heads + 2 kv heads) * D, H]
+    out: Matrix  # [H, heads * D]
+    gate_up: Matrix  # [2 * inner, H]
+    down: Matrix  # [H, inner]
+
+
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
+    """The library's product, or ours of 8-bit rows."""
+    return F.linear(x, weight, bias) if isinstance(weight, Tensor) else rows_linear(x, weight, bias)
+
+
+def in_float(weight: Matrix) -> Tensor:
+    """What a matrix stands for, float32."""
+    return weight.float() if isinstance(weight, Tensor) else dequantise_rows(weight)
 
 
 class RoundInputs(NamedTuple):
     """One set: weights, KV caches and what the target's pass left."""
 
-    fc: Tensor  # [H, 2H]
+    fc: Matrix  # [H, 2H]
     fc_bias: Tensor  # [H]
     layers: list[Layer]
     heads: HeadsInputs
-    lm_head: Tensor  # [V, H], the embedding too: a round reads a few rows of that
+    lm_head: Matrix  # [V, H]
+    embedding: Tensor  # [V, H]: a round reads a few rows of it
     cache: Tensor  # [layers, 2, B, kv heads, context + 2, D]
     rotations: Tensor  # [2, 2, D], of the two positions
     ids: Tensor  # [B]
@@ -89,6 +105,7 @@ class RoundCase:
     dtype: torch.dtype = torch.bfloat16
     device: str = "cuda"
     operation: str = "draft_round"
+    weights: str = "bf16"  # or fp8, int8: of every matrix
     target_bytes: float = 15e9  # of one pass of the target: its weights
 
     @property
@@ -105,8 +122,10 @@ class RoundCase:
         layer = h * d * (2 * self.query_heads + 2 * self.key_heads) + 3 * h * self.inner
         lm_head = self.vocab * h
         cache = 2 * self.batch * self.key_heads * d * (self.context + 1)
-        elements = SERIAL_STEPS * (2 * h * h + _LAYERS * (layer + cache) + lm_head) + 2 * h * h + lm_head
-        return elements * self.dtype.itemsize + self._heads_case().bytes(method)
+        elements = SERIAL_STEPS * (2 * h * h + _LAYERS * layer + lm_head) + 2 * h * h + lm_head
+        size = self.dtype.itemsize if self.weights == "bf16" else 1  # scales, a row each, are below 0.1 %
+        of_heads = self._heads_case().bytes("" if self.weights == "bf16" else "fp8")
+        return elements * size + SERIAL_STEPS * _LAYERS * cache * self.dtype.itemsize + of_heads
 
     def set_count(self, l2_bytes: int) -> int:
         """Two: a round reads gigabytes between two uses of a weight."""
@@ -129,21 +148,30 @@ class RoundCase:
             )
             for _ in range(_LAYERS)
         ]
+
+        def kept(weight: Tensor) -> Matrix:
+            return weight if self.weights == "bf16" else quantise_rows(weight, EIGHT_BIT[self.weights])
+
+        heads, lm_head = self._heads_case().inputs(seed), normal(self.vocab, h, scale=h**-0.5 * 4)
+        if self.weights != "bf16":
+            small, scales = quantize_heads(heads.weights, EIGHT_BIT[self.weights])
+            heads = heads._replace(small=small, scales=scales)
         return RoundInputs(
-            normal(h, 2 * h, scale=(2 * h) ** -0.5),
+            kept(normal(h, 2 * h, scale=(2 * h) ** -0.5)),
             normal(h, scale=0.3),
-            layers,
-            self._heads_case().inputs(seed),
-            normal(self.vocab, h, scale=h**-0.5 * 4),
+            [Layer(*map(kept, layer)) for layer in layers],
+            heads,
+            kept(lm_head),
+            lm_head,
             normal(_LAYERS, 2, self.batch, self.key_heads, self.context + SERIAL_STEPS, d),
-            torch.stack([_rotation(d, self.context + i, layers[0].qkv) for i in range(SERIAL_STEPS)]),
+            torch.stack([_rotation(d, self.context + i, lm_head) for i in range(SERIAL_STEPS)]),
             torch.randint(self.vocab, (self.batch,), generator=generator, device=self.device),
             normal(self.batch, h),
         )
 
     def fuse(self, inputs: RoundInputs, ids: Tensor, features: Tensor) -> Tensor:
         """``o = fc(cat[E[x], h])``."""
-        return F.linear(torch.cat((F.embedding(ids, inputs.lm_head), features), dim=-1), inputs.fc, inputs.fc_bias)
+        return linear(torch.cat((F.embedding(ids, inputs.embedding), features), dim=-1), inputs.fc, inputs.fc_bias)
 
     def step(self, inputs: RoundInputs, x: Tensor, number: int) -> Tensor:
         """The layers at position ``context + number``; writes the KV cache there.  ``[B, H]`` -> ``[B, H]``."""
@@ -151,7 +179,7 @@ class RoundCase:
         cos, sin = inputs.rotations[number]
         for i, layer in enumerate(inputs.layers):
             normed = x if i == 0 else F.rms_norm(x, x.shape[-1:])
-            projected = F.linear(normed, layer.qkv).view(self.batch, -1, d)
+            projected = linear(normed, layer.qkv).view(self.batch, -1, d)
             turned, v = projected.split([self.query_heads + self.key_heads, self.key_heads], dim=1)
             turned = torch.addcmul(turned * cos, turned.roll(d // 2, dims=-1), sin)
             q, k = turned.split([self.query_heads, self.key_heads], dim=1)
@@ -161,9 +189,9 @@ class RoundCase:
             seen = F.scaled_dot_product_attention(
                 q[:, :, None], keys[:, :, : position + 1], values[:, :, : position + 1], enable_gqa=True
             )
-            x = x + F.linear(seen.flatten(1), layer.out)
-            gate, up = F.linear(F.rms_norm(x, x.shape[-1:]), layer.gate_up).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, layer.down)
+            x = x + linear(seen.flatten(1), layer.out)
+            gate, up = linear(F.rms_norm(x, x.shape[-1:]), layer.gate_up).chunk(2, dim=-1)
+            x = x + linear(F.silu(gate) * up, layer.down)
         return x
 
     def run(self, inputs: RoundInputs, library: bool = False, step: Step | None = None) -> RoundResult:
@@ -171,6 +199,8 @@ class RoundCase:
         tokens, hidden, fused, caches, ids, h = [], [], [], [], inputs.ids, inputs.features
 
         def argmax(rows: Tensor) -> Tensor:
+            if not isinstance(inputs.lm_head, Tensor):
+                return lm_head_argmax(rows, inputs.lm_head.weight, scale=inputs.lm_head.scale).ids
             given = ArgmaxInputs(rows, inputs.lm_head)
             return (argmax_logits(given) if library else lm_head_argmax(*given)).ids
 
@@ -184,6 +214,8 @@ class RoundCase:
         fused.append(self.fuse(inputs, ids, h))
         if library:
             z = parallel_heads_batched(torch.cat(fused[1:], dim=-1), inputs.heads.weights)
+        elif self.weights != "bf16":
+            z = parallel_heads(fused[1:], inputs.heads.small, inputs.heads.scales)
         else:
             z = parallel_heads(fused[1:], inputs.heads.weights)
         tokens.append(argmax(z.transpose(0, 1).flatten(0, 1)).view(self.batch, -1))
@@ -196,11 +228,11 @@ class RoundCase:
         equal logits decide otherwise changes nothing.
         """
         exact = inputs._replace(
-            fc=inputs.fc.float(),
+            fc=in_float(inputs.fc),
             fc_bias=inputs.fc_bias.float(),
             cache=inputs.cache.to(torch.float32, copy=True),
             rotations=inputs.rotations.float(),
-            layers=[Layer(*(t.float() for t in layer)) for layer in inputs.layers],
+            layers=[Layer(*map(in_float, layer)) for layer in inputs.layers],
         )
         written = [cache.to(torch.float32, copy=True) for cache in found.caches]
         parts: list[tuple[float, float]] = []
@@ -211,8 +243,8 @@ class RoundCase:
 
         ids, h = inputs.ids, inputs.features
         for number in range(SERIAL_STEPS + 1):
-            embedded = F.embedding(ids, inputs.lm_head).float()
-            wanted = F.linear(torch.cat((embedded, h.float()), dim=-1), exact.fc, exact.fc_bias)
+            embedded = F.embedding(ids, inputs.embedding).float()
+            wanted = linear(torch.cat((embedded, h.float()), dim=-1), exact.fc, exact.fc_bias)
             compare(found.fused[number], wanted, 2)
             if number < SERIAL_STEPS:
                 wanted = self.step(exact, found.fused[number].float(), number)
@@ -222,27 +254,36 @@ class RoundCase:
                 exact.cache[:, :, :, :, self.context + number] = written[number]
                 ids, h = found.tokens[:, number], found.hidden[number]
         both = torch.cat(found.fused[1:], dim=-1)
-        parts.append(self._heads_case().check("round", found.z, inputs.heads._replace(m=both)))
+        parts.append(
+            self._heads_case().check(
+                "round" if self.weights == "bf16" else "fp8", found.z, inputs.heads._replace(m=both)
+            )
+        )
         rows = torch.cat((torch.stack(found.hidden, dim=1), found.z.transpose(0, 1)), dim=1).flatten(0, 1)
         if not ((found.tokens >= 0) & (found.tokens < self.vocab)).all():
             return float("inf"), 0.0
         scored = ArgmaxCase(self.hidden, len(rows), self.vocab, self.dtype, self.device)
         top = TopToken(found.tokens.flatten(), rows.new_empty(0))
-        parts.append(scored.check("round", top, ArgmaxInputs(rows, inputs.lm_head)))
+        head = inputs.lm_head
+        head = head if isinstance(head, Tensor) else dequantise_rows(head, self.dtype)
+        parts.append(scored.check("round", top, ArgmaxInputs(rows, head)))
         wrong = [part for part in parts if not part[0] <= part[1]]
         return wrong[0] if wrong else max(parts, key=lambda part: part[0] / part[1])
 
     def methods(self) -> dict[str, Callable[[RoundInputs], RoundResult]]:
-        """Ours, then the same round by library calls."""
-        return {"triton": self.run, "library calls": partial(self.run, library=True)}
+        """Ours, then the same round by library calls, which have no products of 8-bit rows."""
+        if self.weights != "bf16":
+            return {f"triton, {self.weights} weights, {self.vocab} tokens": self.run}
+        some = f", {self.vocab} tokens" if self.vocab == DRAFT_VOCABULARY else ""
+        return {f"triton{some}": self.run, f"library calls{some}": partial(self.run, library=True)}
 
     def compiled_methods(self) -> dict[str, Callable[[RoundInputs], RoundResult]]:
         """Ours with the small operations of the layers fused, as they are in an engine."""
         torch.compiler.reset()
         return {"triton, torch.compile layers": partial(self.run, step=torch.compile(self.step, dynamic=False))}
 
-    def at_copy_bandwidth(self, microseconds: float, copy_rate: float) -> tuple[float, float]:
+    def at_copy_bandwidth(self, method: str, microseconds: float, copy_rate: float) -> tuple[float, float]:
         """The time as a multiple of that of the round's bytes, and of a target pass's, at copy_rate (GB/s)."""
-        return microseconds / (self.bytes("triton") / copy_rate / 1e3), microseconds / (
+        return microseconds / (self.bytes(method) / copy_rate / 1e3), microseconds / (
             self.target_bytes / copy_rate / 1e3
         )

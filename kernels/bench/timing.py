@@ -6,7 +6,9 @@ import datetime
 import platform
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -18,6 +20,33 @@ def l2_bytes() -> int:
 
 def graph_microseconds(calls: list[Callable[[], object]], milliseconds: float = 120, replays: int = 25) -> float:
     """Median time of one call, all of them captured in one CUDA graph; at most about ``milliseconds`` of replays."""
+    return in_turn([captured(calls)], milliseconds, replays)[0] / len(calls)
+
+
+@dataclass
+class Captured:
+    """A CUDA graph of some calls, and what the last replay left."""
+
+    graph: torch.cuda.CUDAGraph
+    results: list[Any]
+
+
+def in_turn(captured: list[Captured], milliseconds: float = 120, replays: int = 25) -> list[float]:
+    """Median microseconds of a replay of each, replayed in turn, so that the machine's changes meet all alike."""
+    times: list[list[float]] = [[] for _ in captured]
+    while len(times[0]) < replays and (len(times[0]) < 5 or max(map(sum, times)) < milliseconds):
+        for one, found in zip(captured, times, strict=True):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            one.graph.replay()
+            end.record()
+            end.synchronize()
+            found.append(begin.elapsed_time(end))
+    return [statistics.median(found) * 1e3 for found in times]
+
+
+def captured(calls: list[Callable[[], object]]) -> Captured:
+    """All calls in one CUDA graph, replayed once."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -30,16 +59,24 @@ def graph_microseconds(calls: list[Callable[[], object]], milliseconds: float = 
         kept = [call() for call in calls]
     graph.replay()
     torch.cuda.synchronize()
-    times: list[float] = []
-    while len(times) < replays and (len(times) < 5 or sum(times) < milliseconds):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    del kept, graph
-    return statistics.median(times) / len(calls) * 1e3
+    return Captured(graph, kept)
+
+
+def read_gigabytes_per_second(megabytes: int = 1024) -> float:
+    """Bytes read over the time of a reduction of a large tensor, which writes next to nothing.
+
+    What a kernel that only reads weights can reach: a copy turns the memory's bus around all the time.
+    """
+    source = torch.zeros(megabytes << 18, dtype=torch.float32, device="cuda")
+    return source.nbytes / graph_microseconds([lambda: source.amax()]) / 1e3
+
+
+def clock_mhz() -> int | None:
+    """The multiprocessors' clock now; None where the driver's library is not there to ask."""
+    try:
+        return int(torch.cuda.clock_rate())
+    except (ImportError, RuntimeError, AttributeError):
+        return None
 
 
 def copy_gigabytes_per_second(megabytes: int = 1024) -> float:

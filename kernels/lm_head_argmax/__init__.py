@@ -8,6 +8,7 @@ from vllm_gumiho.kernels.lm_head_argmax.reference import (
     pack_pairs,
     reduce_pairs,
     reduce_shards,
+    top_of_logits,
 )
 from vllm_gumiho.kernels.lm_head_argmax.tiles import MAX_ROWS, row_tile, row_tiles
 
@@ -23,5 +24,6 @@ __all__ = [
     "reduce_shards",
     "row_tile",
     "row_tiles",
+    "top_of_logits",
     "vocab_parallel_argmax",
 ]

@@ -35,7 +35,12 @@ def lm_head_argmax_logits(
     rows: Tensor, weight: Tensor, vocab_size: int | None = None, index_offset: int = 0
 ) -> TopToken:
     """The same from logits of the library's product, which are rounded to the rows' dtype: ties may fall otherwise."""
-    top = (rows @ weight[:vocab_size].T).max(dim=-1)
+    return top_of_logits(rows @ weight[:vocab_size].T, index_offset)
+
+
+def top_of_logits(logits: Tensor, index_offset: int = 0) -> TopToken:
+    """``[R, V]`` logits -> the top token of each row; a NaN counts as +inf."""
+    top = logits.max(dim=-1)
     values = top.values.float()
     return TopToken(top.indices + index_offset, values.masked_fill(values.isnan(), torch.inf))
 

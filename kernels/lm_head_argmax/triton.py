@@ -19,19 +19,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_gumiho.kernels.device import capability, converts_e4m3
+from vllm_gumiho.kernels.eight_bit.decode import multiply, stored_codes
 from vllm_gumiho.kernels.lm_head_argmax.reference import TopToken
 from vllm_gumiho.kernels.lm_head_argmax.tiles import row_tile
 
-# Triton's interpreter multiplies the bit patterns of bfloat16 operands (create_dot, triton 3.9): widen them there.
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 _NO_INDEX: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 @triton.jit(do_not_specialize=["R", "V", "tiles"])
-def partial_argmax_kernel(rows_ptr, weight_ptr, top_ptr, index_ptr, R, V, tiles, row_stride, weight_stride,
-                          H: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-                          NUM_STAGES: tl.constexpr):  # fmt: skip
-    """rows ``[R, H]``, weight ``[V, H]`` -> top float32 and index int32, both ``[R, tiles]``."""
+def partial_argmax_kernel(rows_ptr, weight_ptr, s_ptr, top_ptr, index_ptr, R, V, tiles, row_stride, weight_stride,
+                          SCALED: tl.constexpr, PACKED: tl.constexpr, H: tl.constexpr, BLOCK_V: tl.constexpr,
+                          BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr):  # fmt: skip
+    """rows ``[R, H]``, weight ``[V, H]`` -> top float32 and index int32, both ``[R, tiles]``.
+
+    SCALED: the weights are 8-bit codes with scales ``[V]``.
+    """
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     tokens = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     rows_ptr += rows[None, :] * row_stride
@@ -41,9 +44,9 @@ def partial_argmax_kernel(rows_ptr, weight_ptr, top_ptr, index_ptr, R, V, tiles,
         columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
         w = tl.load(weight_ptr + columns[None, :], (tokens < V)[:, None] & (columns < H)[None, :], other=0.0)
         x = tl.load(rows_ptr + columns[:, None], (rows < R)[None, :] & (columns < H)[:, None], other=0.0)
-        if INTERPRETED:
-            w, x = w.to(tl.float32), x.to(tl.float32)
-        logits = tl.dot(w, x, logits, input_precision="ieee")
+        logits = multiply(logits, w, x, PACKED)
+    if SCALED:
+        logits *= tl.load(s_ptr + tokens, tokens < V, other=0.0)[:, None]
     logits = tl.where(logits == logits, logits, float("inf"))
     logits = tl.where((tokens < V)[:, None], logits, float("-inf"))
     top = tl.max(logits, axis=0)
@@ -81,15 +84,23 @@ class ArgmaxTiling:
     block_k: int
     num_stages: int
     num_warps: int = 4
+    packed: bool = False
+    native_fp8: bool = False
 
 
-def choose_argmax_tiling(rows: int, element_size: int, small_shared: bool = False) -> ArgmaxTiling:
+def choose_argmax_tiling(
+    rows: int, element_size: int, small_shared: bool = False, packed: bool = False, native_fp8: bool = False
+) -> ArgmaxTiling:
     """Tiles for up to `MAX_ROWS` rows; ``small_shared``: 64 KiB of shared memory per processor or thereabouts.
 
     One block of rows, so that weights pass through the L2 once, and more tokens a tile where there are more rows, which
     every tile of tokens reads again.
     """
     block_r = row_tile(rows)
+    if element_size == 1:
+        # A code lies in one warp alone; twice the depth of bf16's has as many bytes under way.
+        depth = 2 if small_shared else 6 if block_r <= 32 else 5
+        return ArgmaxTiling(64, block_r, 128, depth, 4, packed, native_fp8)
     if element_size == 4:
         return ArgmaxTiling(16, block_r, 32, 3)
     if block_r <= 32:
@@ -98,9 +109,17 @@ def choose_argmax_tiling(rows: int, element_size: int, small_shared: bool = Fals
 
 
 def lm_head_argmax_triton(
-    rows: Tensor, weight: Tensor, vocab_size: int, index_offset: int = 0, tiling: ArgmaxTiling | None = None
+    rows: Tensor,
+    weight: Tensor,
+    vocab_size: int,
+    index_offset: int = 0,
+    tiling: ArgmaxTiling | None = None,
+    scale: Tensor | None = None,
 ) -> TopToken:
-    """rows ``[R, H]`` x the first ``vocab_size`` rows of weight ``[V, H]`` -> the top token of each row."""
+    """rows ``[R, H]`` x the first ``vocab_size`` rows of weight ``[V, H]`` -> the top token of each row.
+
+    scale ``[V]`` float32: of 8-bit weights.
+    """
     count, hidden = rows.shape
     if weight.shape[1] != hidden or rows.stride(1) != 1 or weight.stride(1) != 1:
         raise ValueError(f"rows {tuple(rows.shape)} and weight {tuple(weight.shape)} must agree and have unit stride")
@@ -112,12 +131,15 @@ def lm_head_argmax_triton(
         small = rows.device.type == "cuda" and (
             torch.cuda.get_device_properties(rows.device).shared_memory_per_multiprocessor < 128 << 10
         )
-        tiling = choose_argmax_tiling(count, rows.element_size(), small)
+        on_gpu, amd = rows.device.type == "cuda", torch.version.hip is not None
+        native = on_gpu and amd and converts_e4m3(capability(rows.device.index or 0))
+        tiling = choose_argmax_tiling(count, weight.element_size(), small, on_gpu and not amd, native)
     tiles = triton.cdiv(vocab_size, tiling.block_v)
     top = torch.empty(count, tiles, dtype=torch.float32, device=rows.device)
     index = torch.empty(count, tiles, dtype=torch.int32, device=rows.device)
     partial_argmax_kernel[(triton.cdiv(count, tiling.block_r), tiles)](
-        rows, weight, top, index, count, vocab_size, tiles, rows.stride(0), weight.stride(0), hidden,
+        rows, stored_codes(weight, tiling.native_fp8), top if scale is None else scale, top, index, count, vocab_size,
+        tiles, rows.stride(0), weight.stride(0), scale is not None, tiling.packed, hidden,
         tiling.block_v, tiling.block_r, tiling.block_k, tiling.num_stages, num_warps=tiling.num_warps,
     )  # fmt: skip
     reduce_argmax_kernel[(count,)](top, index, ids, logits, tiles, index_offset, 1024, num_warps=4)

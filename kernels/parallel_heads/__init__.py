@@ -1,8 +1,15 @@
 """The parallel MLP heads: ``m [B, S*H]`` -> ``z [n, B, H]``."""
 
 from vllm_gumiho.kernels.parallel_heads.batched import parallel_heads_batched
-from vllm_gumiho.kernels.parallel_heads.dispatch import HeadsPath, choose_path, launches, new_counters, parallel_heads
-from vllm_gumiho.kernels.parallel_heads.fp8 import HeadScales, dequantize_heads, quantize_heads
+from vllm_gumiho.kernels.parallel_heads.dispatch import (
+    HeadsPath,
+    choose_path,
+    launches,
+    new_counters,
+    offered_paths,
+    parallel_heads,
+)
+from vllm_gumiho.kernels.parallel_heads.eight_bit import HeadScales, dequantize_heads, quantize_heads
 from vllm_gumiho.kernels.parallel_heads.reference import (
     GAVE_UP,
     HEAD_STAGES,
@@ -22,6 +29,7 @@ __all__ = [
     "dequantize_heads",
     "launches",
     "new_counters",
+    "offered_paths",
     "parallel_heads",
     "parallel_heads_batched",
     "parallel_heads_reference",

@@ -12,9 +12,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from vllm_gumiho.kernels.device import capability, converts_e4m3, interpreting
+from vllm_gumiho.kernels.eight_bit.reference import is_eight_bit
 from vllm_gumiho.kernels.parallel_heads.batched import parallel_heads_batched
-from vllm_gumiho.kernels.parallel_heads.fp8 import HeadScales, dequantize_heads
-from vllm_gumiho.kernels.parallel_heads.reference import GAVE_UP, HeadWeights
+from vllm_gumiho.kernels.parallel_heads.reference import GAVE_UP, HeadScales, HeadWeights
 from vllm_gumiho.kernels.parallel_heads.tiling import MAX_BATCH, Device, choose_tiling
 
 
@@ -22,6 +23,7 @@ class HeadsPath(str, Enum):
     """How the heads are computed."""
 
     FUSED = "one Triton launch"
+    DEPENDENT = "overlapping Triton launches"
     STAGES = "one Triton launch per stage"
     BATCHED = "batched matrix products"
 
@@ -31,35 +33,13 @@ launches: Counter[HeadsPath] = Counter()
 
 
 @functools.cache
-def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, on the CPU."""
-    try:
-        import triton
-    except ImportError:
-        return False
-    # Triton reads the switch once for its own library, at import; setting it later gives a broken mixture.
-    return bool(triton.knobs.runtime.interpret) and not isinstance(triton.language.max, triton.JITFunction)
-
-
-@functools.cache
 def _device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     per_processor = properties.shared_memory_per_multiprocessor
     per_program = getattr(properties, "shared_memory_per_block_optin", per_processor)
     amd = torch.version.hip is not None
-    capability = getattr(properties, "gcnArchName", "") if amd else (properties.major, properties.minor)
     shared = per_processor, per_program or per_processor
-    return Device(properties.multi_processor_count, *shared, converts_e4m3(capability), amd)
-
-
-def converts_e4m3(capability: str | tuple[int, int]) -> bool:
-    """Whether a device, by AMD's architecture or NVIDIA's compute capability, converts float8 e4m3fn in hardware.
-
-    gfx942 has another e4m3, with a bias of one more and no negative zero.
-    """
-    if isinstance(capability, str):
-        return capability.startswith(("gfx950", "gfx12"))
-    return capability >= (8, 9)
+    return Device(properties.multi_processor_count, *shared, amd and converts_e4m3(capability(index)), amd, not amd)
 
 
 @functools.cache
@@ -85,7 +65,7 @@ def single_launch_problem(index: int) -> str | None:
 _COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
 _MPS_ENABLED = 133  # CU_DEVICE_ATTRIBUTE_MPS_ENABLED
 # In place of a GPU under the interpreter: few programs, so that each gets several tiles.
-_INTERPRETED = Device(processors=2, shared_per_processor=228 << 10, shared_per_program=227 << 10)
+_INTERPRETED = Device(processors=2, shared_per_processor=228 << 10, shared_per_program=227 << 10, packed=False)
 
 
 def _heads_inputs(m: Tensor | Sequence[Tensor], hidden: int) -> tuple[Tensor, Tensor]:
@@ -99,6 +79,26 @@ def _heads_inputs(m: Tensor | Sequence[Tensor], hidden: int) -> tuple[Tensor, Te
     return torch.cat(others, dim=-1), last
 
 
+def offered_paths(m: Tensor, path: HeadsPath) -> list[HeadsPath]:
+    """The kernels that the device of ``m`` offers where `choose_path` names ``path``, the most demanding first."""
+    if path is HeadsPath.BATCHED:
+        return []
+    overlap = m.device.type == "cuda" and launches_overlap(m.device.index or 0)
+    dependent = [HeadsPath.DEPENDENT] if overlap else []
+    return [*([path] if path is HeadsPath.FUSED else ()), *dependent, HeadsPath.STAGES]
+
+
+@functools.cache
+def launches_overlap(index: int) -> bool:
+    """Whether device ``index`` and Triton have programmatic dependent launch: from Hopper on."""
+    found = capability(index)
+    if isinstance(found, str) or found < (9, 0):
+        return False
+    from vllm_gumiho.kernels.parallel_heads.triton import gdc_wait
+
+    return gdc_wait is not None
+
+
 def choose_path(m: Tensor, weights: HeadWeights, scales: HeadScales | None = None) -> tuple[HeadsPath, str]:
     """The path for inputs like these, and why.  Reads devices, dtypes and shapes, of m the first dimension only."""
     batch, hidden = m.shape[0], weights.weight.shape[-1]
@@ -108,7 +108,7 @@ def choose_path(m: Tensor, weights: HeadWeights, scales: HeadScales | None = Non
         return HeadsPath.BATCHED, f"no Triton kernel for device type {m.device.type}"
     if m.dtype not in (torch.float32, torch.bfloat16, torch.float16) or hidden % 16:
         return HeadsPath.BATCHED, f"no Triton kernel for {m.dtype} and H={hidden}"
-    if weights.weight.dtype != (m.dtype if scales is None else torch.float8_e4m3fn):
+    if not (weights.weight.dtype == m.dtype if scales is None else is_eight_bit(weights.weight.dtype)):
         return HeadsPath.BATCHED, f"no Triton kernel for {weights.weight.dtype} weights and {m.dtype} inputs"
     if batch > MAX_BATCH and scales is None:
         return HeadsPath.BATCHED, f"batch {batch} is above {MAX_BATCH}"
@@ -155,7 +155,7 @@ def parallel_heads(
 
     m: also as its S column blocks ``[B, H]``, of which the kernel reads one or two where they lie.  Its z is a view of
     ``[B, n, H]`` in memory.
-    scales: with float8 weights, and only with them.  path: None for the one `choose_path` names.
+    scales: with 8-bit weights, and only with them.  path: None for the one `choose_path` names.
     counters: `new_counters` of the caller's own, where launches may overlap on several streams.
     """
     one = m if isinstance(m, Tensor) else m[-1]
@@ -164,8 +164,7 @@ def parallel_heads(
     launches[path] += 1
     if path is HeadsPath.BATCHED:
         whole = m if isinstance(m, Tensor) else torch.cat(tuple(m), dim=-1)
-        full = weights if scales is None else dequantize_heads(weights, scales, one.dtype)
-        return parallel_heads_batched(whole, full)
+        return parallel_heads_batched(whole, weights, scales)
 
     from vllm_gumiho.kernels.parallel_heads.triton import parallel_heads_triton
 
@@ -183,5 +182,7 @@ def parallel_heads(
         tiling = choose_tiling(last_rows.shape[0], heads, hidden, *sizes, device)
         if on_cpu and path is HeadsPath.FUSED:
             tiling = replace(tiling, programs=1)
-        parts.append(parallel_heads_triton(rows, last_rows, weights, scales, tiling, counters))
+        parts.append(
+            parallel_heads_triton(rows, last_rows, weights, scales, tiling, counters, path is HeadsPath.DEPENDENT)
+        )
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

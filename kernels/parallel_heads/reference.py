@@ -35,12 +35,33 @@ class HeadWeights(NamedTuple):
         return HeadWeights(*(t[:count] for t in self))
 
 
-def parallel_heads_reference(m: Tensor, weights: HeadWeights) -> Tensor:
+class HeadScales(NamedTuple):
+    """Row scales of 8-bit `HeadWeights`: row r of the matrix is ``scale[r] * weight[r]``."""
+
+    first: Tensor  # [n, H] float32
+    rest: Tensor  # [n, 5, H] float32
+
+    def take(self, count: int) -> HeadScales:
+        """The scales of the first ``count`` heads, as views."""
+        return HeadScales(*(t[:count] for t in self))
+
+
+def parallel_heads_reference(m: Tensor, weights: HeadWeights, scales: HeadScales | None = None) -> Tensor:
     """``m [B, S*H]`` -> ``z [n, B, H]`` in m's dtype, computed head by head in float32."""
+
+    def wide(weight: Tensor, scale: Tensor | None) -> Tensor:
+        return weight.float() if scale is None else weight.float() * scale[:, None]
+
     out = m.new_empty(weights.first_weight.shape[0], m.shape[0], weights.first_weight.shape[1])
     for i, z in enumerate(out):
-        x = F.silu(F.linear(m.float(), weights.first_weight[i].float(), weights.first_bias[i].float()))
+        x = F.silu(
+            F.linear(
+                m.float(), wide(weights.first_weight[i], scales and scales.first[i]), weights.first_bias[i].float()
+            )
+        )
         for j in range(HEAD_STAGES - 1):
-            x = x + F.silu(F.linear(x, weights.weight[i, j].float(), weights.bias[i, j].float()))
+            x = x + F.silu(
+                F.linear(x, wide(weights.weight[i, j], scales and scales.rest[i, j]), weights.bias[i, j].float())
+            )
         z.copy_(x)
     return out

@@ -21,8 +21,9 @@ class Device:
     processors: int
     shared_per_processor: int  # bytes
     shared_per_program: int  # bytes, the most one program may ask for
-    native_fp8: bool = True  # converts e4m3 in hardware
+    native_fp8: bool = False  # of AMD's: converts e4m3fn in hardware
     amd: bool = False
+    packed: bool = True  # runs PTX
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Tiling:
     num_stages: int
     num_warps: int
     programs: int
-    native_fp8: bool = True
+    native_fp8: bool = False
     amd: bool = False
+    packed: bool = False  # 8-bit codes are decoded four at a time, in PTX
 
     def shared_bytes(self, weight_bytes: int, activation_bytes: int) -> int:
         """Upper estimate of one program's shared memory, checked against compiled kernels by the ahead-of-time test.
@@ -85,12 +87,15 @@ def stage_time(
     return max(time / tiles, tiling.traffic(weight_bytes, activation_bytes) / _L2_OVER_MEMORY)
 
 
-def _shapes(weight_bytes: int) -> tuple[tuple[int, ...], int]:
-    """Rows to choose from and K block: rows of 128 to 512 bytes, tiles that the registers hold without spilling."""
+def _shapes(weight_bytes: int, amd: bool) -> tuple[tuple[int, ...], int]:
+    """Rows to choose from and K block: rows of 128 to 512 bytes, tiles that the registers hold without spilling.
+
+    8-bit weights have 64 rows, so that each is in one warp alone and decoded once.
+    """
     if weight_bytes == 4:
         return (16,), 32
     if weight_bytes == 1:
-        return (32, 16), 256
+        return (64,), 256 if amd else 128
     return (64, 32, 16), 128
 
 
@@ -104,16 +109,16 @@ def choose_tiling(
     """
     block_b = batch_tile(batch)
     sizes = weight_bytes, activation_bytes
-    rows, block_k = _shapes(weight_bytes)
+    rows, block_k = _shapes(weight_bytes, device.amd)
     if device.amd:
         block_h = rows[0]
-        return Tiling(block_h, block_b, block_k, 2, 4, heads * -(-hidden // block_h), device.native_fp8, True)
+        return Tiling(block_h, block_b, block_k, 2, 4, heads * -(-hidden // block_h), device.native_fp8, True, False)
     found: list[tuple[float, int, Tiling]] = []
     for block_h in rows:
         for per_processor in (2, 1):
             for num_stages in (5, 4, 3, 2):
                 programs = device.processors * per_processor
-                tiling = Tiling(block_h, block_b, block_k, num_stages, 4, programs, device.native_fp8)
+                tiling = Tiling(block_h, block_b, block_k, num_stages, 4, programs, packed=device.packed)
                 shared = tiling.shared_bytes(*sizes)
                 fits = per_processor * (shared + _KEPT_BACK) <= device.shared_per_processor
                 if fits and shared <= device.shared_per_program and (num_stages > 2 or per_processor == 1):

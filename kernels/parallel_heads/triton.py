@@ -21,28 +21,36 @@ finds in them, the next one, or the next replay of a CUDA graph, is right.  A wa
 sets ``counters[5]`` for good; the launch, and each one that finds it set, ends without waiting, with a wrong z.
 
 The same function runs one stage per launch (``BARRIER`` false): the order of launches then takes the barrier's place.
+With programmatic dependent launch (``DEPENDENT``) a stage's programs come while the stage before still runs, and wait
+for it with ``griddepcontrol.wait``: no counters, and no need for all programs to be resident.
+
+Before either wait, on NVIDIA, a program asks the L2 for its next 64 KB of weights (``AHEAD``), which depend on nobody.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_gumiho.kernels.parallel_heads.fp8 import HeadScales
-from vllm_gumiho.kernels.parallel_heads.reference import GAVE_UP, HEAD_STAGES, HeadWeights
+from vllm_gumiho.kernels.eight_bit.decode import multiply, stored_codes
+from vllm_gumiho.kernels.parallel_heads.reference import GAVE_UP, HEAD_STAGES, HeadScales, HeadWeights
 from vllm_gumiho.kernels.parallel_heads.tiling import Tiling
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # another Triton: no stage is launched ahead of the one before's end
+    gdc_launch_dependents = gdc_wait = None
 
 _STAGES: tl.constexpr = tl.constexpr(HEAD_STAGES)
 _GAVE_UP: tl.constexpr = tl.constexpr(GAVE_UP)
 # A poll is a round trip to the L2, half a microsecond or more: some tens of milliseconds.  A stage takes some tens of
 # microseconds.
 MAX_POLLS = 1 << 15
-# Triton's interpreter multiplies the bit patterns of bfloat16 operands (create_dot, triton 3.9): widen them there.
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+# Weights of a program that are asked for before a wait: with 264 programs a third of an H100's L2.
+BYTES_AHEAD = 64 << 10
 
 
 @triton.jit
@@ -71,14 +79,6 @@ def _wait(counters_ptr, stage, programs, gave_up, MAX_POLLS: tl.constexpr):
 
 
 @triton.jit
-def _decode_e4m3(bits):
-    """Bytes of e4m3 -> float16, exactly: the fields fit float16's, whose exponent bias is 8 more.  Loses NaN."""
-    wide = bits.to(tl.uint16)
-    shifted = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
-    return shifted.to(tl.float16, bitcast=True) * 256.0
-
-
-@triton.jit
 def _weight_tile(w_ptr, HEAD_STRIDE: tl.constexpr, tile, k_block, HEADS: tl.constexpr, H: tl.constexpr,
                  PARTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """Rows of one tile, columns of one K block: ``[BLOCK_H, BLOCK_K]``; zeros beyond the matrix and the last tile.
@@ -98,9 +98,25 @@ def _weight_tile(w_ptr, HEAD_STRIDE: tl.constexpr, tile, k_block, HEADS: tl.cons
 
 
 @triton.jit
+def _ask_ahead(w_ptr, HEAD_STRIDE: tl.constexpr, tile, HEADS: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr,
+               BLOCK_H: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    """Ask the L2 for the first AHEAD bytes of a tile, a line of 128 at a time.  Lines beyond a row's end repeat it."""
+    H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = AHEAD // 128 // BLOCK_H
+    head = tl.minimum(tile // H_TILES, HEADS - 1)
+    rows = tl.minimum((tile % H_TILES) * BLOCK_H + tl.arange(0, BLOCK_H), H - 1)
+    columns = tl.minimum(tl.arange(0, LINES) * LINE, PARTS * H - 1)
+    lines = w_ptr + head.to(tl.int64) * HEAD_STRIDE + rows[:, None] * (PARTS * H) + columns[None, :]
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32,
+                              is_pure=False, pack=1)  # fmt: skip
+
+
+@triton.jit
 def _step(acc, w, step, x_ptr, x_stride, last_ptr, last_stride, b_ptr, s_ptr, B_HEAD_STRIDE: tl.constexpr, out_ptr, B,
-          program, programs, SCALED: tl.constexpr, RESIDUAL: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr,
-          PARTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+          program, programs, SCALED: tl.constexpr, PACKED: tl.constexpr, RESIDUAL: tl.constexpr,
+          HEADS: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
+          BLOCK_K: tl.constexpr):  # fmt: skip
     """Add one K block to ``acc [BLOCK_H, BLOCK_B]`` float32; after a tile's last, store its outputs and start anew."""
     H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     PART_BLOCKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
@@ -124,11 +140,7 @@ def _step(acc, w, step, x_ptr, x_stride, last_ptr, last_stride, b_ptr, s_ptr, B_
         other=0.0,
         cache_modifier=".cg",
     )
-    if w.dtype == tl.uint8:
-        w = _decode_e4m3(w)
-    if INTERPRETED:
-        w, x = w.to(tl.float32), x.to(tl.float32)
-    acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
+    acc = multiply(acc, w, x, PACKED)
     if step % K_BLOCKS == K_BLOCKS - 1:
         rows = (tile % H_TILES) * BLOCK_H + tl.arange(0, BLOCK_H)
         in_head = rows < H
@@ -147,9 +159,9 @@ def _step(acc, w, step, x_ptr, x_stride, last_ptr, last_stride, b_ptr, s_ptr, B_
 
 @triton.jit
 def _stage(first_w, x_ptr, x_stride, last_ptr, last_stride, w_ptr, W_HEAD_STRIDE: tl.constexpr, b_ptr, s_ptr,
-           B_HEAD_STRIDE: tl.constexpr, out_ptr, B, program, programs, SCALED: tl.constexpr, RESIDUAL: tl.constexpr,
-           HEADS: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
-           BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr):  # fmt: skip
+           B_HEAD_STRIDE: tl.constexpr, out_ptr, B, program, programs, SCALED: tl.constexpr, PACKED: tl.constexpr,
+           RESIDUAL: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, BLOCK_H: tl.constexpr,
+           BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr):  # fmt: skip
     """This program's tiles of one stage.  first_w: the weight tile of its first step, loaded before the barrier."""
     TILES: tl.constexpr = HEADS * ((H + BLOCK_H - 1) // BLOCK_H)
     K_BLOCKS: tl.constexpr = PARTS * ((H + BLOCK_K - 1) // BLOCK_K)
@@ -157,20 +169,23 @@ def _stage(first_w, x_ptr, x_stride, last_ptr, last_stride, w_ptr, W_HEAD_STRIDE
         steps = (TILES - program + programs - 1) // programs * K_BLOCKS
         acc = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
         acc = _step(acc, first_w, 0, x_ptr, x_stride, last_ptr, last_stride, b_ptr, s_ptr, B_HEAD_STRIDE, out_ptr, B,
-                    program, programs, SCALED, RESIDUAL, HEADS, H, PARTS, BLOCK_H, BLOCK_B, BLOCK_K)  # fmt: skip
+                    program, programs, SCALED, PACKED, RESIDUAL, HEADS, H, PARTS, BLOCK_H, BLOCK_B,
+                    BLOCK_K)  # fmt: skip
         for step in tl.range(1, steps, num_stages=NUM_STAGES):
             w = _weight_tile(w_ptr, W_HEAD_STRIDE, program + (step // K_BLOCKS) * programs, step % K_BLOCKS,
                              HEADS, H, PARTS, BLOCK_H, BLOCK_K)  # fmt: skip
             acc = _step(acc, w, step, x_ptr, x_stride, last_ptr, last_stride, b_ptr, s_ptr, B_HEAD_STRIDE, out_ptr, B,
-                        program, programs, SCALED, RESIDUAL, HEADS, H, PARTS, BLOCK_H, BLOCK_B, BLOCK_K)  # fmt: skip
+                        program, programs, SCALED, PACKED, RESIDUAL, HEADS, H, PARTS, BLOCK_H, BLOCK_B,
+                        BLOCK_K)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["B", "begin", "end"])
 def parallel_heads_kernel(rest_ptr, last_ptr, first_w_ptr, first_b_ptr, w_ptr, b_ptr, first_s_ptr, s_ptr, z_ptr,
                           counters_ptr, rest_stride, last_stride, B, begin, end, FIRST: tl.constexpr,
-                          BARRIER: tl.constexpr, SCALED: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr,
-                          PARTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-                          NUM_STAGES: tl.constexpr, MAX_POLLS: tl.constexpr):  # fmt: skip
+                          BARRIER: tl.constexpr, SCALED: tl.constexpr, PACKED: tl.constexpr, HEADS: tl.constexpr,
+                          H: tl.constexpr, PARTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
+                          BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr, MAX_POLLS: tl.constexpr,
+                          AHEAD: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
     """Stage 0 where FIRST, then the stages begin..end-1, with a barrier before each but the first one run.
 
     rest [B, (PARTS-1)*H] and last [B, H] with the row strides given; weights, biases and scales as in `HeadWeights` and
@@ -180,6 +195,8 @@ def parallel_heads_kernel(rest_ptr, last_ptr, first_w_ptr, first_b_ptr, w_ptr, b
     programs = tl.num_programs(0)
     half = B * (HEADS * H)
     gave_up = 0
+    if DEPENDENT:  # the next stage's programs may come
+        gdc_launch_dependents()
     if BARRIER:
         gave_up = tl.where(tl.load(counters_ptr + _GAVE_UP, cache_modifier=".cg") != 0, 1, 0)
         if program == 0:
@@ -187,8 +204,12 @@ def parallel_heads_kernel(rest_ptr, last_ptr, first_w_ptr, first_b_ptr, w_ptr, b
                 tl.atomic_xchg(counters_ptr + i, 0, sem="relaxed", scope="gpu")
     if FIRST:
         w = _weight_tile(first_w_ptr, PARTS * H * H, program, 0, HEADS, H, PARTS, BLOCK_H, BLOCK_K)
+        if DEPENDENT:
+            if AHEAD:
+                _ask_ahead(first_w_ptr, PARTS * H * H, program, HEADS, H, PARTS, BLOCK_H, AHEAD)
+            gdc_wait()
         _stage(w, rest_ptr, rest_stride, last_ptr, last_stride, first_w_ptr, PARTS * H * H, first_b_ptr, first_s_ptr, H,
-               z_ptr, B, program, programs, SCALED, False, HEADS, H, PARTS, BLOCK_H, BLOCK_B, BLOCK_K,
+               z_ptr, B, program, programs, SCALED, PACKED, False, HEADS, H, PARTS, BLOCK_H, BLOCK_B, BLOCK_K,
                NUM_STAGES)  # fmt: skip
         if BARRIER:
             _arrive(counters_ptr)
@@ -196,6 +217,10 @@ def parallel_heads_kernel(rest_ptr, last_ptr, first_w_ptr, first_b_ptr, w_ptr, b
         stage_w_ptr = w_ptr + (stage - 1) * (H * H)
         # Weights depend on no other program: the first tile comes in while the slower programs finish.
         w = _weight_tile(stage_w_ptr, (_STAGES - 1) * H * H, program, 0, HEADS, H, 1, BLOCK_H, BLOCK_K)
+        if AHEAD and (BARRIER or DEPENDENT):
+            _ask_ahead(stage_w_ptr, (_STAGES - 1) * H * H, program, HEADS, H, 1, BLOCK_H, AHEAD)
+        if DEPENDENT:
+            gdc_wait()
         if BARRIER:
             gave_up = _wait(counters_ptr, stage - 1, programs, gave_up, MAX_POLLS)
             if (stage == 2) & (program == 0):
@@ -203,7 +228,7 @@ def parallel_heads_kernel(rest_ptr, last_ptr, first_w_ptr, first_b_ptr, w_ptr, b
         x_ptr = z_ptr + (stage - 1) % 2 * half
         _stage(w, x_ptr, HEADS * H, x_ptr, HEADS * H, stage_w_ptr, (_STAGES - 1) * H * H, b_ptr + (stage - 1) * H,
                s_ptr + (stage - 1) * H, (_STAGES - 1) * H, z_ptr + stage % 2 * half, B, program, programs,
-               SCALED, True, HEADS, H, 1, BLOCK_H, BLOCK_B, BLOCK_K, NUM_STAGES)  # fmt: skip
+               SCALED, PACKED, True, HEADS, H, 1, BLOCK_H, BLOCK_B, BLOCK_K, NUM_STAGES)  # fmt: skip
         if BARRIER and stage < end - 1:
             _arrive(counters_ptr + stage)
 
@@ -231,6 +256,7 @@ def parallel_heads_triton(
     scales: HeadScales | None,
     tiling: Tiling,
     counters: Tensor | None,
+    dependent: bool = False,
 ) -> Tensor:
     """m as ``rest [B, (S-1)*H]`` and ``last [B, H]`` -> ``z [n, B, H]`` in their dtype; B <= ``tiling.block_b``.
 
@@ -248,18 +274,21 @@ def parallel_heads_triton(
         raise ValueError("the parallel heads kernel takes inputs whose columns lie side by side")
     if counters is not None and last.device.type == "cpu" and tiling.programs > 1:
         raise ValueError("the interpreter runs programs one after the other: with barriers it can run only one")
-    if scales is not None and not tiling.native_fp8:
-        weights = weights._replace(
-            first_weight=weights.first_weight.view(torch.uint8), weight=weights.weight.view(torch.uint8)
-        )
+    weights = weights._replace(
+        first_weight=stored_codes(weights.first_weight, tiling.native_fp8),
+        weight=stored_codes(weights.weight, tiling.native_fp8),
+    )
+    if dependent and gdc_wait is None:
+        raise ValueError("this Triton has no programmatic dependent launch")
     z = last.new_empty(2, batch, heads, hidden)
     first_s, s = scales or (z, z)  # never read where SCALED is false
     for launch in launch_sequence(counters is not None):
         parallel_heads_kernel[(tiling.programs,)](
             rest, last, weights.first_weight, weights.first_bias, weights.weight, weights.bias, first_s, s, z,
             z if counters is None else counters, rest.stride(0), last.stride(0), batch, launch.begin, launch.end,
-            launch.first, launch.barrier, scales is not None, heads, hidden, first_k // hidden,
+            launch.first, launch.barrier, scales is not None, tiling.packed, heads, hidden, first_k // hidden,
             tiling.block_h, tiling.block_b, tiling.block_k, tiling.num_stages, MAX_POLLS,
-            num_warps=tiling.num_warps, launch_cooperative_grid=launch.barrier,
+            BYTES_AHEAD if tiling.packed else 0, dependent, num_warps=tiling.num_warps,
+            launch_cooperative_grid=launch.barrier, **({"launch_pdl": True} if dependent else {}),
         )  # fmt: skip
     return z[(HEAD_STAGES - 1) % 2].transpose(0, 1)

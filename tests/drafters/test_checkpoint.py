@@ -118,7 +118,7 @@ def test_int8_is_widened_to_within_half_a_scale(tmp_path, shards):
     tensors = drafter_tensors()
     tensors["fc.weight"][3] = 0
     written = save_speculators(tmp_path / "int8", tensors, "org/target", LAYER, int8=True)
-    stored = dict(written.tensors(keep_int8=True))
+    stored = dict(written.tensors(keep=torch.int8))
     if shards == "bin":
         written = open_checkpoint(write_released(tmp_path / "bin", stored))
     elif shards == "two safetensors":

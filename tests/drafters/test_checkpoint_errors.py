@@ -138,7 +138,7 @@ def test_values_that_are_not_finite_are_named(tmp_path, suffix, value):
 
 
 def int8_tensors(folder: Path) -> dict:
-    return dict(save_speculators(folder, drafter_tensors(), "t", LAYER, int8=True).tensors(keep_int8=True))
+    return dict(save_speculators(folder, drafter_tensors(), "t", LAYER, int8=True).tensors(keep=torch.int8))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_int8_with_a_wrong_scale_is_named(tmp_path, scale, said):
     assert said in refusal(write_released(tmp_path / "broken", tensors, suffix="safetensors"))
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.float8_e5m2])
 def test_a_wrong_dtype_is_named(tmp_path, dtype):
     tensors = drafter_tensors()
     tensors["fc.weight"] = tensors["fc.weight"].to(dtype)

@@ -25,7 +25,7 @@ def test_only_what_was_chosen_is_launched(monkeypatch, heads):
     """By heads asked for and batch tile: anything else is the library's."""
     launched = []
 
-    def run(m, weights, path, counters):
+    def run(m, weights, scales, path, counters):
         launched.append((len(weights.bias), len(m[0]), path))
         return m[0].new_zeros(len(weights.bias), len(m[0]), 16)
 

@@ -74,12 +74,12 @@ def test_where_the_kernels_are_asked_for(switch, device, greedy, reason):
 def pretend(monkeypatch, **behaviour):
     """A device for one launch, where a path gives the reference or does what ``behaviour`` says by its name."""
 
-    def run(m, weights, path, counters):
+    def run(m, weights, scales, path, counters):
         launches[path] += 1
-        z = parallel_heads_reference(torch.cat(m, dim=-1), weights)
+        z = parallel_heads_reference(torch.cat(m, dim=-1), weights, scales)
         return behaviour.get(path.name, lambda z, counters: z)(z, counters)
 
-    monkeypatch.setattr(kernel_choice, "choose_path", lambda m, weights: (HeadsPath.FUSED, "it fits"))
+    monkeypatch.setattr(kernel_choice, "choose_path", lambda m, weights, scales: (HeadsPath.FUSED, "it fits"))
     for module in (kernel_check, kernel_choice):
         monkeypatch.setattr(module, "parallel_heads", run)
     monkeypatch.setattr(kernel_choice, "refusal", lambda switch, device, greedy: None)
@@ -87,7 +87,11 @@ def pretend(monkeypatch, **behaviour):
 
 
 def choose(weights, shapes=SHAPES, tokens=None, refused="the LM head has a bias", timer=even_timer):
-    return choose_kernels(shapes, weights, new_counters(CPU), tokens, None if tokens else refused, True, timer)
+    return choose_kernels(shapes, module(weights), tokens, None if tokens else refused, True, timer)
+
+
+def module(weights, counters=None):
+    return SimpleNamespace(weights=weights, scales=None, counters=new_counters(CPU) if counters is None else counters)
 
 
 def wrong(z, counters):
@@ -147,7 +151,7 @@ def test_a_path_that_fails_its_check_is_left(monkeypatch, no_group, weights, beh
 def test_counters_that_a_failed_check_left_are_zeroed(monkeypatch, no_group, weights):
     pretend(monkeypatch, FUSED=stuck)
     counters = new_counters(CPU)
-    choose_kernels(SHAPES, weights, counters, None, "the LM head has a bias", True, even_timer)
+    choose_kernels(SHAPES, module(weights, counters), None, "the LM head has a bias", True, even_timer)
     assert not counters.any()
 
 
@@ -190,9 +194,11 @@ def test_every_shape_that_serving_launches_is_checked_and_timed(
     checked, scanned, timed = [], [], []
     monkeypatch.setattr(kernel_choice, "wrong_heads", lambda w, path, *sizes: checked.append(sizes[:2]))
     monkeypatch.setattr(kernel_choice, "wrong_tokens", lambda tokens, counts, dtype: scanned.append(counts))
-    monkeypatch.setattr(kernel_choice, "lm_head_argmax", lambda x, *a, kernel=True: timed.append((len(x), kernel)))
+    monkeypatch.setattr(
+        kernel_choice, "lm_head_argmax", lambda x, *a, kernel=True, scale: timed.append((len(x), kernel))
+    )
 
-    def run(m, weights, path, counters):
+    def run(m, weights, scales, path, counters):
         timed.append((len(weights.bias), len(m[0]), path.name))
 
     five = HeadWeights(*(t[:1].expand(5, *t.shape[1:]) for t in weights))
@@ -271,7 +277,7 @@ def test_ranks_take_what_all_of_them_have(monkeypatch, weights, tokens):
     asked: list[list[int]] = []
     monkeypatch.setattr(kernel_choice, "lowest_of_all_ranks", lambda values: asked.append(values) or [1, 0, 1, 0])
     choice = choose(weights, Shapes({1: 1, 2: 2}, 16), tokens)
-    assert asked == [[2, 2, 1, 1]]
+    assert asked == [[3, 3, 1, 1]]
     assert choice.heads == {(1, 16): HeadsPath.STAGES}
     assert choice.argmax == {16}
     assert choice.heads_reason.endswith("; left out on another rank")

@@ -49,13 +49,15 @@ def test_a_wrong_argmax_is_found(monkeypatch, lm_head):
     lm_head.quant_method.process_weights_after_loading(lm_head)
     tokens, right = GreedyArgmax(LmHeadShard.of(lm_head, 100)), kernel_check.lm_head_argmax
 
-    def second_best(rows, weight, size):
+    def second_best(rows, weight, size, scale):
         top = (rows @ weight[:size].T).topk(2)
         return right(rows, weight, size)._replace(ids=top.indices[:, 1])
 
     monkeypatch.setattr(kernel_check, "lm_head_argmax", second_best)
     assert "off by" in kernel_check.wrong_tokens(tokens, [5], torch.float32)
-    monkeypatch.setattr(kernel_check, "lm_head_argmax", lambda *a: right(*a)._replace(ids=torch.tensor([100] * 5)))
+    monkeypatch.setattr(
+        kernel_check, "lm_head_argmax", lambda *a, scale: right(*a)._replace(ids=torch.tensor([100] * 5))
+    )
     assert "outside of the 100 tokens" in kernel_check.wrong_tokens(tokens, [5], torch.float32)
 
 
@@ -67,7 +69,7 @@ def test_rows_of_other_tiles_take_the_library(lm_head):
     with pytest.MonkeyPatch.context() as patch:
         right = lm_head_module.lm_head_argmax
         patch.setattr(
-            lm_head_module, "lm_head_argmax", lambda *a, kernel: asked.append((len(a[0]), kernel)) or right(*a)
+            lm_head_module, "lm_head_argmax", lambda *a, kernel, scale: asked.append((len(a[0]), kernel)) or right(*a)
         )
         for count in (1, 16, 17, 32, 33, 320):
             rows = torch.randn(count, 16)

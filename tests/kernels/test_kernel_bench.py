@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_dry_run(tmp_path):
     run = run_bench("--dry-run", "--output", str(found))
     assert run.returncode == 0, run.stdout + run.stderr
     record = json.loads(found.read_text())
-    assert record["copy_gigabytes_per_second"] is None
+    assert "copy_gigabytes_per_second" not in record
     assert {row["method"] for row in record["rows"]} >= {"triton", "triton, one launch", "baddbmm", "nn.Linear loop"}
     for row in record["rows"]:
         assert row["error"] <= row["tolerance"]
@@ -50,24 +51,53 @@ def test_without_a_device(tmp_path):
 @pytest.mark.parametrize("factor", [1.5, float("nan")])
 def test_wrong_results_are_not_timed(monkeypatch, factor):
     case = HeadsCase(hidden=32, batch=2, heads=2, dtype=torch.float32, device="cpu")
-    timed = []
-    monkeypatch.setattr(bench.timing, "graph_microseconds", lambda calls: timed.append(len(calls)) or 10.0)
     loop = case.methods()["nn.Linear loop"]
     sets = [case.inputs(seed) for seed in range(3)]
 
     def wrong_once(inputs: HeadsInputs) -> torch.Tensor:
         return loop(inputs) * (factor if inputs is sets[1] else 1)
 
-    row = bench.measure(case, sets, "wrong", wrong_once, 100.0)
-    assert not row.right
-    assert row.microseconds is None
-    assert "WRONG" in row.line()
-    assert not timed
-    row = bench.measure(case, sets, "right", loop, 100.0)
-    assert row.right
-    assert timed == [3]
-    assert row.gigabytes_per_second == pytest.approx(case.bytes("right") / 10e-6 / 1e9)
-    assert row.share_of_copy == pytest.approx(row.gigabytes_per_second / 100)
+    timed = fake_graphs(monkeypatch, [30.0])
+    runs = {"wrong": wrong_once, "right": loop}
+    rows = {method: bench.check(case, sets, method, run) for method, run in runs.items()}
+    bench.time_rows(case, sets, rows, runs, bench.Rates(copy=100.0, read=125.0))
+    wrong, right = rows["wrong"], rows["right"]
+    assert not wrong.right
+    assert wrong.microseconds is None
+    assert "WRONG" in wrong.line()
+    assert right.right
+    assert timed == [[3]]
+    assert right.microseconds == 10.0
+    assert right.gigabytes_per_second == pytest.approx(case.bytes("right") / 10e-6 / 1e9)
+    assert right.share_of_copy == pytest.approx(right.gigabytes_per_second / 100)
+    assert right.share_of_read == pytest.approx(right.gigabytes_per_second / 125)
+
+
+def fake_graphs(monkeypatch, times: list[float], damage: float = 0.0) -> list[list[int]]:
+    """Graphs whose replays take ``times``; how many calls were in each that was timed in turn with others."""
+    timed: list[list[int]] = []
+
+    def captured(calls):
+        return SimpleNamespace(results=[call() + damage if damage else call() for call in calls])
+
+    def in_turn(graphs):
+        timed.append([len(graph.results) for graph in graphs])
+        return times
+
+    monkeypatch.setattr(bench.timing, "captured", captured)
+    monkeypatch.setattr(bench.timing, "in_turn", in_turn)
+    return timed
+
+
+def test_what_the_last_replay_left_is_checked_too(monkeypatch):
+    case = HeadsCase(hidden=32, batch=2, heads=2, dtype=torch.float32, device="cpu")
+    runs, sets = {"loop": case.methods()["nn.Linear loop"]}, [case.inputs(0)]
+    rows = {"loop": bench.check(case, sets, "loop", runs["loop"])}
+    assert rows["loop"].right
+    fake_graphs(monkeypatch, [10.0], damage=1.0)
+    bench.time_rows(case, sets, rows, runs, bench.Rates(100.0, 100.0))
+    assert "WRONG after its replays" in rows["loop"].line()
+    assert rows["loop"].microseconds is None
 
 
 def test_byte_budget():
@@ -93,6 +123,9 @@ def test_every_asked_case_is_planned():
     assert any(compiled for _, compiled in planned)
     rounds = {(c.batch, compiled) for c, compiled in planned if isinstance(c, RoundCase)}
     assert rounds == {(1, False), (8, False), (64, False), (1, True)}
+    small = {(c.weights, c.vocab) for c, _ in planned if isinstance(c, RoundCase) and c.batch == 1}
+    assert small == {(w, v) for w in ("bf16", "fp8", "int8") for v in (128_256, 32_000)}
+    assert RoundCase(1, weights="fp8", vocab=32_000).bytes("") / 1e9 == pytest.approx(1.97, abs=0.01)
 
 
 def test_what_the_kernels_do_not_take_is_not_timed_as_theirs():
@@ -107,9 +140,12 @@ def test_what_the_kernels_do_not_take_is_not_timed_as_theirs():
 
 def test_a_round_is_put_beside_its_bytes_and_a_target_pass(monkeypatch):
     """4.2 TB/s: 6.29 GB take 1.5 ms, a target pass 3.6 ms."""
-    monkeypatch.setattr(bench.timing, "graph_microseconds", lambda calls: 1800.0)
-    assert RoundCase(1).at_copy_bandwidth(1800.0, 4200.0) == pytest.approx((1.2, 0.504), abs=0.005)
-    row = bench.measure(TINY_ROUND, [TINY_ROUND.inputs(0)], "library", TINY_ROUND.methods()["library calls"], 100.0)
+    assert RoundCase(1).at_copy_bandwidth("triton", 1800.0, 4200.0) == pytest.approx((1.2, 0.504), abs=0.005)
+    runs, sets = {"library": TINY_ROUND.methods()["library calls"]}, [TINY_ROUND.inputs(0)]
+    rows = {"library": bench.check(TINY_ROUND, sets, "library", runs["library"])}
+    fake_graphs(monkeypatch, [1800.0])
+    bench.time_rows(TINY_ROUND, sets, rows, runs, bench.Rates(100.0, 100.0))
+    row = rows["library"]
     assert row.times_of_bytes == pytest.approx(1800.0 / (TINY_ROUND.bytes("") / 100.0 / 1e3))
     assert f"{row.times_of_bytes:.2f} x its bytes" in row.line()
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vllm_gumiho.kernels import lm_head_argmax as argmax
 from vllm_gumiho.kernels import parallel_heads as heads
-from vllm_gumiho.kernels.parallel_heads.dispatch import _INTERPRETED, interpreting
+from vllm_gumiho.kernels.device import interpreting
+from vllm_gumiho.kernels.parallel_heads.dispatch import _INTERPRETED
 from vllm_gumiho.kernels.parallel_heads.tiling import choose_tiling
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and interpreting()
@@ -113,8 +114,9 @@ class TestParallelHeads:
         weights, m = head_weights(n, hidden, 2, dtype), torch.randn(batch, 2 * hidden).to(dtype)
         assert_heads(heads.parallel_heads(m, weights), m, weights)
 
-    def test_fp8_weights_at_the_size_of_a_real_model(self, poisoned):
-        weights, scales = heads.quantize_heads(head_weights(1, 576, 2, torch.bfloat16))
+    @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8], ids=str)
+    def test_8_bit_weights_at_the_size_of_a_real_model(self, poisoned, kind):
+        weights, scales = heads.quantize_heads(head_weights(1, 576, 2, torch.bfloat16), kind)
         m = torch.randn(3, 1152).bfloat16()
         z = heads.parallel_heads(m, weights, scales)
         assert_heads(z, m, heads.dequantize_heads(weights, scales, torch.float32))
@@ -247,15 +249,15 @@ class TestParallelHeads:
     @settings(max_examples=8, deadline=None, database=None)
     @given(
         st.integers(1, 8), st.integers(1, 6), st.integers(1, 32), st.integers(1, 3), st.sampled_from(DTYPES),
-        st.booleans(),
+        st.sampled_from([None, torch.float8_e4m3fn, torch.int8]),
     )  # fmt: skip
-    def test_any_shape(self, n, sixteenths, batch, steps, dtype, fp8):
+    def test_any_shape(self, n, sixteenths, batch, steps, dtype, eight_bit):
         hidden = 16 * sixteenths
         weights, m = head_weights(n, hidden, steps, dtype), torch.randn(batch, steps * hidden).to(dtype)
-        if not fp8:
+        if eight_bit is None:
             assert_heads(heads.parallel_heads(m, weights), m, weights)
             return
-        small, scales = heads.quantize_heads(weights)
+        small, scales = heads.quantize_heads(weights, eight_bit)
         assert_heads(heads.parallel_heads(m, small, scales), m, heads.dequantize_heads(small, scales, torch.float32))
 
 

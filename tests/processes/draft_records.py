@@ -10,6 +10,7 @@ from draft_check import Draft, Record, check
 from torch import Tensor
 
 from vllm_gumiho.drafters import drafter_of
+from vllm_gumiho.drafters.draft_weights import DraftWeights
 from vllm_gumiho.engines.record import watch_drafts
 
 
@@ -49,6 +50,7 @@ def kept_features(record: Record) -> list[tuple[list[int], list[list[float]]]]:
 def compare(llm: Any, record: Record, engines_features: bool = False) -> dict:
     config = llm.llm_engine.vllm_config
     quantised = config.model_config.quantization is not None
+    weights = DraftWeights.of(config.speculative_config.draft_model_config.hf_config)
     return check(
         record,
         Path(config.model_config.model),
@@ -56,7 +58,25 @@ def compare(llm: Any, record: Record, engines_features: bool = False) -> dict:
         config.model_config.max_model_len,
         exact=config.model_config.dtype == torch.float32,
         engines_features=engines_features or quantised or config.lora_config is not None,
+        weights=weights,
+        rounded=rounded_parts(llm, weights),
     )
+
+
+def rounded_parts(llm: Any, weights: DraftWeights) -> frozenset[str]:
+    """Parts of the draft whose products vLLM's CPU build makes of int8 inputs."""
+    runner = runner_of(llm)
+    if runner is None:  # workers elsewhere
+        return frozenset({"linear", "heads"} if weights.matrices == "int8" else ()) | (
+            frozenset({"lm_head"}) if weights.lm_head == "int8" else frozenset()
+        )
+    model = (getattr(runner, "drafter", None) or runner.speculator).model
+    found = {
+        "linear": type(getattr(model.model.fc, "scheme", None)).__name__ == "CompressedTensorsW8A8Int8",
+        "heads": bool(model.heads._products),
+        "lm_head": model.head_matrix is not None and model.head_matrix.packed,
+    }
+    return frozenset(part for part, yes in found.items() if yes)
 
 
 def _keep_texts(llm: Any, record: Record) -> None:

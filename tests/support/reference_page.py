@@ -62,6 +62,12 @@ KEYS = (
         '`"same"`: a request with a seed gives the text that it gives without speculation, by [sample and '
         "walk](seeded-text.md), in model runner V2 with greedy drafts. Default: vLLM's own draws.",
     ),
+    Key(
+        "draft_weights",
+        READ,
+        "`auto` (default: as the checkpoint is), `bf16` (the engine's dtype), `fp8` or `int8`, a copy of the LM head "
+        "included.",
+    ),
     Key("draft_load_config", REFUSED, "Gumiho reads its checkpoints itself."),
     Key("parallel_drafting", REFUSED, "Gumiho's heads already draft in parallel."),
     Key("draft_tensor_parallel_size", PASSED, "Ranks of the draft: 1, or as many as the target has."),

@@ -15,6 +15,8 @@ from vllm_gumiho.errors import CheckpointError
 SCALE = "_scale"
 D2T = "d2t"
 EMBEDDING = "embed_tokens.weight"
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
+"""Types of matrices that have a scale a row."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 Shape = tuple[int | None, ...]
@@ -37,7 +39,7 @@ def check_tensors(where: Path, infos: dict[str, TensorInfo], wanted: dict[str, S
     missing = sorted(set(wanted) - set(infos))
     if missing:
         raise CheckpointError(f"{where}: tensors are missing: {some(missing)}; fetch the checkpoint again")
-    scales = {name + SCALE for name, info in infos.items() if info.dtype == torch.int8}
+    scales = {name + SCALE for name, info in infos.items() if info.dtype in EIGHT_BITS}
     unknown = sorted(set(infos) - set(wanted) - scales)
     if unknown:
         raise CheckpointError(f"{where}: no {title} drafter has tensors {some(unknown)}; nothing is dropped silently")
@@ -57,16 +59,22 @@ def _check_type(where: Path, name: str, infos: dict[str, TensorInfo]) -> None:
     if name == D2T:
         if info.dtype not in (torch.int64, torch.int32):
             raise CheckpointError(f"{where}: {D2T} is {info.dtype}; expected int64 offsets to target token ids")
-    elif info.dtype == torch.int8:
+    elif info.dtype in EIGHT_BITS:
         scale = infos.get(name + SCALE)
         if len(info.shape) != 2 or scale is None or scale.shape != info.shape[:1] or scale.dtype not in _FLOATS:
             raise CheckpointError(
-                f"{where}: {name} is int8 and needs a floating-point {name}{SCALE} of shape [{info.shape[0]}]"
+                f"{where}: {name} is {_short(info.dtype)} and needs a floating-point {name}{SCALE} of shape "
+                f"[{info.shape[0]}]"
             )
     elif info.dtype not in _FLOATS:
         raise CheckpointError(
-            f"{where}: {name} is {info.dtype}; expected float32, float16, bfloat16, float64, or int8 with a scale"
+            f"{where}: {name} is {info.dtype}; expected float32, float16, bfloat16, float64, or int8 or float8_e4m3fn "
+            "with a scale"
         )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def quantise(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

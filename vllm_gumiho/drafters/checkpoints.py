@@ -2,13 +2,14 @@
 
 Formats: the released layout (``pytorch_model.bin`` or safetensors, sharded or not, with or without config.json)
 and the speculators layout (safetensors and a config.json with ``speculators_model_type``).  Tensor names are the
-released ones in both.  A weight may be int8 with a ``<name>_scale`` of one value a row; it is widened when read.  Which
+released ones in both.  A weight may be int8 or float8 e4m3 with a ``<name>_scale`` of one value a row.  Which
 drafter it is, and the numbers of its parts, come from the tensors, never from a config.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from vllm_gumiho.drafters import DEFAULT, DRAFTERS, Drafter, Sizes
 from vllm_gumiho.drafters.speculators_config import TYPE_KEY, check_config, speculators_config
 from vllm_gumiho.errors import CheckpointError
 from vllm_gumiho.files import sha256_of, whole, write_json
+from vllm_gumiho.kernels.eight_bit import EIGHT_BIT, is_eight_bit, quantise_rows
 
 LOAD_FORMAT = "gumiho"
 
@@ -71,8 +73,30 @@ class Checkpoint:
             config = self.drafter.layer_config(config)
         return {key: value for key, value in config.items() if value is not None}
 
-    def tensors(self, keep_int8: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Yield ``(name, tensor)`` one at a time, int8 weights widened to float32 unless ``keep_int8``.
+    @property
+    def eight_bit(self) -> str | None:
+        """``int8`` or ``fp8`` where its matrices are kept so, by most of them."""
+        names = {dtype: name for name, dtype in EIGHT_BIT.items()}
+        found = Counter(names[info.dtype] for info in self.infos.values() if info.dtype in names)
+        return found.most_common(1)[0][0] if found else None
+
+    def rows(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """As `tensors`, but matrices as 8-bit rows of ``dtype``, each with ``<name>_scale`` ``[N, 1]`` float32.
+
+        Rows that the checkpoint has in this dtype are taken as they are.
+        """
+        for name, tensor in self.tensors(keep=dtype):
+            if name.endswith(SCALE):
+                yield name, tensor.float()[:, None]
+            elif tensor.dtype == dtype or tensor.ndim != 2:
+                yield name, tensor
+            else:
+                codes, scale = quantise_rows(tensor, dtype)
+                yield name, codes
+                yield name + SCALE, scale[:, None]
+
+    def tensors(self, keep: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield ``(name, tensor)`` one at a time, 8-bit weights widened to float32 but for those of dtype ``keep``.
 
         The target's embedding, which released checkpoints carry a copy of, is left out.
 
@@ -81,13 +105,14 @@ class Checkpoint:
         for file in sorted({info.file for info in self.infos.values()}):
             names = [name for name, info in self.infos.items() if info.file == file and name != EMBEDDING]
             for name, tensor in read_tensors(file, names):
-                if not keep_int8 and name.endswith(SCALE):
+                if name.endswith(SCALE) and self.infos[name.removesuffix(SCALE)].dtype != keep:
                     continue
-                if tensor.dtype == torch.int8 and not keep_int8:
+                if is_eight_bit(tensor.dtype) and tensor.dtype != keep:
                     scale_info = self.infos[name + SCALE]
                     ((_, scale),) = read_tensors(scale_info.file, [name + SCALE])
                     tensor = tensor.float() * scale.float()[:, None]
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                floats = tensor.float() if is_eight_bit(tensor.dtype) else tensor
+                if tensor.is_floating_point() and not torch.isfinite(floats).all():
                     raise CheckpointError(f"{file}: {name} holds NaN or infinity; the file is damaged, fetch it again")
                 yield name, tensor
 

@@ -13,6 +13,7 @@ from vllm_gumiho.checkpoint.tensors import D2T
 from vllm_gumiho.drafters.checkpoints import Checkpoint, open_checkpoint, save_speculators
 from vllm_gumiho.drafters.target_config import head_dim_of, norm_eps_of, rope_of
 from vllm_gumiho.errors import CheckpointError
+from vllm_gumiho.kernels.eight_bit import EIGHT_BIT
 
 _FROM_TARGET = ("max_position_embeddings", "vocab_size")
 
@@ -50,7 +51,7 @@ def convert_checkpoint(
         raise CheckpointError(f"{source}: has no config.json with num_attention_heads; name the target with --target")
     if target is not None:
         layer = _fill(layer, target, opened)
-    tensors = dict(opened.tensors(keep_int8=not int8))
+    tensors = dict(opened.tensors(keep=None if int8 else EIGHT_BIT.get(opened.eight_bit or "")))
     if count_answers is not None:
         tensors[D2T] = _draft_vocabulary(opened, draft_vocab, count_answers, layer.get("vocab_size"))
     return save_speculators(destination, tensors, target or "unknown", layer, int8, opened.drafter, opened.config)

@@ -10,13 +10,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vllm_gumiho.drafters.lm_head import GreedyArgmax
+from vllm_gumiho.drafters.lm_head import GreedyArgmax, LmHeadShard
+from vllm_gumiho.kernels.eight_bit import EightBitRows, rows_linear, rows_linear_reference
+from vllm_gumiho.kernels.eight_bit import launches as product_launches
 from vllm_gumiho.kernels.lm_head_argmax import launches as argmax_launches
 from vllm_gumiho.kernels.lm_head_argmax import lm_head_argmax
 from vllm_gumiho.kernels.parallel_heads import (
     GAVE_UP,
     HEAD_STAGES,
     SPACING,
+    HeadScales,
     HeadsPath,
     HeadWeights,
     parallel_heads,
@@ -34,12 +37,12 @@ def wrong_tokens(tokens: GreedyArgmax, row_counts: Iterable[int], dtype: torch.d
     try:
         for rows in (random_rows(count, weight.shape[1], weight.device, dtype) for count in row_counts):
             logits = tokens.shard.logits(rows)[:, :size].float()
-            found = lm_head_argmax(rows, weight, size)
+            found = lm_head_argmax(rows, weight, size, scale=tokens.shard.scale)
             if not ((found.ids >= 0) & (found.ids < size)).all():
                 return f"an id outside of the {size} tokens for {len(rows)} rows"
             best, at_found = logits.amax(-1), logits.gather(1, found.ids[:, None])[:, 0]
             # Two rounded logits, and the order of the float32 sums.
-            longest = torch.linalg.vector_norm(weight[:size], dim=-1, dtype=torch.float32).amax()
+            longest = _longest(tokens.shard)
             sums = rows.shape[1] * 2.0**-24 * rows.float().norm(dim=-1) * longest
             allowed = 2 * SPACING[dtype] * logits.abs().amax(-1) + sums
             error = torch.maximum(best - at_found, (found.logits - best).abs())
@@ -50,8 +53,40 @@ def wrong_tokens(tokens: GreedyArgmax, row_counts: Iterable[int], dtype: torch.d
     return None
 
 
+def _longest(shard: LmHeadShard, block: int = 1 << 14) -> Tensor:
+    """Length of the longest row of an LM head, a block of rows at a time."""
+    found = []
+    for start in range(0, shard.size, block):
+        rows = shard.weight[start : min(start + block, shard.size)].float()
+        if shard.scale is not None:
+            rows = rows * shard.scale[start : start + len(rows), None]
+        found.append(rows.norm(dim=-1).amax())
+    return torch.stack(found).amax()
+
+
+def wrong_products(matrices: Iterable[EightBitRows], batches: Iterable[int], dtype: torch.dtype) -> str | None:
+    """What is wrong with the kernel's products of 8-bit rows, None where they are the reference's but for roundings."""
+    try:
+        for rows in matrices:
+            count, columns = rows.weight.shape
+            for batch in batches:
+                x = random_rows(batch, columns, rows.weight.device, dtype)
+                found, right = rows_linear(x, rows), rows_linear_reference(x.float(), rows)
+                error = (found.float() - right).abs().max().item()
+                if not error <= 2 * SPACING[dtype] * right.abs().max().item():
+                    return f"off by {error:.2e} for {batch} inputs of {count} rows"
+    except Exception as error:  # it must not keep the model from starting
+        return _raised(error)
+    return None
+
+
 def wrong_heads(
-    weights: HeadWeights, path: HeadsPath, counts: Iterable[int], batches: Iterable[int], counters: Tensor
+    weights: HeadWeights,
+    path: HeadsPath,
+    counts: Iterable[int],
+    batches: Iterable[int],
+    counters: Tensor,
+    scales: HeadScales | None = None,
 ) -> str | None:
     """What is wrong with a path on random inputs, None where it equals the float32 reference.
 
@@ -60,15 +95,16 @@ def wrong_heads(
     where the weights amplify the roundings.
     """
     hidden = weights.first_bias.shape[1]
-    dtype = weights.first_weight.dtype
+    dtype = weights.bias.dtype
     try:
         for m in (random_rows(b, weights.first_weight.shape[2], weights.weight.device, dtype) for b in batches):
-            exact = parallel_heads_reference(m.float(), weights.take(max(counts)))
+            most = max(counts)
+            exact = parallel_heads_reference(m.float(), weights.take(most), scales and scales.take(most))
             for count in counts:
-                some, right = weights.take(count), exact[:count]
-                library = (parallel_heads_batched(m, some).float() - right).abs().max().item()
+                some, right, small = weights.take(count), exact[:count], scales and scales.take(count)
+                library = (parallel_heads_batched(m, some, small).float() - right).abs().max().item()
                 allowed = max(HEAD_STAGES * SPACING[dtype] * right.abs().max().item(), 4 * library)
-                run = partial(parallel_heads, m.split(hidden, dim=1), some, path=path, counters=counters)
+                run = partial(parallel_heads, m.split(hidden, dim=1), some, small, path=path, counters=counters)
                 # Launched again and replayed from a CUDA graph: the counters have to serve each time.
                 for z in [run(), run(), *([_replayed(run)] if m.is_cuda else [])]:
                     error = (z.float() - right).abs().max().item()
@@ -104,7 +140,7 @@ def _raised(error: Exception) -> str:
 @contextmanager
 def uncounted() -> Iterator[None]:
     """Launches of the check are none of drafting's."""
-    counters: tuple[Counter, ...] = (heads_launches, argmax_launches)
+    counters: tuple[Counter, ...] = (heads_launches, argmax_launches, product_launches)
     before = [counter.copy() for counter in counters]
     try:
         yield

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from vllm_gumiho.drafters.kernel_check import random_rows, uncounted, wrong_heads, wrong_tokens
+from vllm_gumiho.drafters.kernel_check import random_rows, uncounted, wrong_heads, wrong_products, wrong_tokens
 from vllm_gumiho.drafters.kernel_timing import Timer, graph_timer, pays
 from vllm_gumiho.drafters.lm_head import GreedyArgmax
 from vllm_gumiho.drafters.ranks import lowest_of_all_ranks
 from vllm_gumiho.env import KERNELS
 from vllm_gumiho.errors import KernelChoiceError
+from vllm_gumiho.kernels.eight_bit import EightBitRows
 from vllm_gumiho.kernels.lm_head_argmax import lm_head_argmax, row_tiles
-from vllm_gumiho.kernels.parallel_heads import HeadsPath, HeadWeights, choose_path, parallel_heads
+from vllm_gumiho.kernels.parallel_heads import (
+    HeadScales,
+    HeadsPath,
+    HeadWeights,
+    choose_path,
+    offered_paths,
+    parallel_heads,
+)
 from vllm_gumiho.kernels.parallel_heads.tiling import BATCH_TILES, batch_tile
 
 # From the safest to the one that asks most of the device.
-_PATHS = (HeadsPath.BATCHED, HeadsPath.STAGES, HeadsPath.FUSED)
+_PATHS = (HeadsPath.BATCHED, HeadsPath.STAGES, HeadsPath.DEPENDENT, HeadsPath.FUSED)
 _ELSEWHERE = "left out on another rank"
 
 
@@ -77,12 +86,15 @@ class Choice:
 
     def describe(self) -> str:
         """For the log line at start."""
-        path = next(iter(self.heads.values()), HeadsPath.BATCHED)
-        by_library = [shape for shape in self.shapes.of_heads if shape not in self.heads] if self.heads else []
-        heads = f"heads by {path.value} ({self.heads_reason})"
-        if by_library:
-            some = ", ".join(f"{count} at batch {_range(tile)}" for count, tile in by_library)
-            heads += f" and by {HeadsPath.BATCHED.value} ({some})"
+        by_path: dict[HeadsPath, list[tuple[int, int]]] = {}
+        for shape in self.shapes.of_heads:
+            by_path.setdefault(self.heads.get(shape, HeadsPath.BATCHED), []).append(shape)
+        most = next(iter(self.heads.values()), HeadsPath.BATCHED)
+        heads = f"heads by {most.value} ({self.heads_reason})"
+        for path in (path for path in reversed(_PATHS) if path is not most and self.heads):
+            if shapes := by_path.get(path):
+                some = ", ".join(f"{count} at batch {_range(tile)}" for count, tile in shapes)
+                heads += f" and by {path.value} ({some})"
         return f"{heads}, {describe_argmax(self.shapes, self.argmax, self.argmax_reason)}"
 
 
@@ -120,10 +132,20 @@ def refusal(switch: Switch, device: torch.device, greedy: bool) -> str | None:
     return None
 
 
+class Heads(Protocol):
+    """This rank's heads: weights, scales of 8-bit rows, and counters for the single launch."""
+
+    counters: Tensor
+
+    @property
+    def weights(self) -> HeadWeights: ...
+    @property
+    def scales(self) -> HeadScales | None: ...
+
+
 def choose_kernels(
     shapes: Shapes,
-    weights: HeadWeights,
-    counters: Tensor,
+    of: Heads,
     tokens: GreedyArgmax | None,
     tokens_refused: str | None,
     greedy: bool,
@@ -132,21 +154,24 @@ def choose_kernels(
     """Decide once, when the model is loaded: every kernel asked for is checked at every shape, and timed.
 
     A kernel that is wrong anywhere is left out; at a shape where it does not pay, the library's way is taken.  Where
-    the switch forces them, kernels are not timed.  weights: of this rank's heads.  tokens: the argmax kernel on this LM
+    the switch forces them, kernels are not timed.  8-bit heads take the kernel for sampled drafts too: the library has
+    no product of theirs.  of: this rank's heads.  tokens: the argmax kernel on this LM
     head, None where ``tokens_refused`` says why it does not apply.  All ranks of a tensor-parallel group come to the
     same choice.
 
     Raises: KernelChoiceError where a kernel that is forced fails.
     """
     switch = kernel_switch()
-    refused = refusal(switch, weights.weight.device, greedy)
+    device, dtype = of.weights.bias.device, of.weights.bias.dtype
+    refused = refusal(switch, device, greedy)
+    heads_refused = refusal(switch, device, greedy or of.scales is not None)
     timed = timer if switch is Switch.AUTO else None
     with uncounted():
-        path, reason, failed = _right_path(shapes, weights, counters, refused)
-        heads = dict.fromkeys(shapes.of_heads if path is not HeadsPath.BATCHED else (), path)
+        paths, reason, failed = _right_paths(shapes, of, heads_refused, several=timed is not None)
+        heads = dict.fromkeys(shapes.of_heads, paths[0]) if paths else {}
         if heads and timed:
-            heads, reason = _paying_heads(heads, reason, shapes, weights, counters, timed)
-        argmax, argmax_reason = _argmax_tiles(shapes, tokens, refused or tokens_refused, weights.bias.dtype, timed)
+            heads, reason = _paying_heads(paths, reason, shapes, of, timed)
+        argmax, argmax_reason = _argmax_tiles(shapes, tokens, refused or tokens_refused, dtype, timed)
     if switch is Switch.ON:
         if failed:
             raise KernelChoiceError(f"{KERNELS.name}=1, but {reason}; unset it")
@@ -188,36 +213,47 @@ def choose_argmax(
     return kept, describe_argmax(shapes, kept, reason)
 
 
-def _right_path(
-    shapes: Shapes, weights: HeadWeights, counters: Tensor, refused: str | None
-) -> tuple[HeadsPath, str, bool]:
-    """The path that is right at every shape, why, and whether every kernel failed."""
+def _right_paths(shapes: Shapes, of: Heads, refused: str | None, several: bool) -> tuple[list[HeadsPath], str, bool]:
+    """Kernels that are right at every shape, the most demanding first, why, and whether every kernel failed.
+
+    several: to be timed against each other; a launch per stage only where no other is right.
+    """
     if refused is not None:
-        return HeadsPath.BATCHED, refused, False
-    best, reason = choose_path(weights.first_bias.new_empty(1, 0), weights)
+        return [], refused, False
+    one = of.weights.first_bias.new_empty(1, 0)
+    best, reason = choose_path(one, of.weights, of.scales)
     if not shapes.heads:
-        return HeadsPath.BATCHED, "this K asks for none", False
+        return [], "this K asks for none", False
     failed: list[str] = []
+    right: list[HeadsPath] = []
     batches = sorted({1, *(min(tile, shapes.max_batch) for tile in shapes.batch_tiles)})
     counts = sorted({own for own in shapes.heads.values() if own})
-    for path in reversed(_PATHS[1 : _PATHS.index(best) + 1]):
-        problem = wrong_heads(weights, path, counts, batches, counters) if counts else None
+    for path in offered_paths(one, best):
+        if right and (not several or path is HeadsPath.STAGES):
+            break
+        problem = wrong_heads(of.weights, path, counts, batches, of.counters, of.scales) if counts else None
         if problem is None:
-            return path, "; ".join([*failed, "checked" if failed else f"{reason}; checked"]), False
-        counters.zero_()
+            right.append(path)
+            continue
+        of.counters.zero_()
         failed.append(f"{path.value} failed its check: {problem}")
-    return HeadsPath.BATCHED, "; ".join(failed) or reason, bool(failed)
+    if not right:
+        return [], "; ".join(failed) or reason, bool(failed)
+    return right, "; ".join([*failed, "checked" if failed else f"{reason}; checked"]), False
 
 
 def _paying_heads(
-    heads: dict[tuple[int, int], HeadsPath],
+    paths: list[HeadsPath],
     reason: str,
     shapes: Shapes,
-    weights: HeadWeights,
-    counters: Tensor,
+    of: Heads,
     timer: Timer,
 ) -> tuple[dict[tuple[int, int], HeadsPath], str]:
-    """The shapes at which the kernel pays, timed at the largest batch of each tile, and the reason with the ratios."""
+    """The fastest kernel at each shape where one pays, and the reason with its ratios.
+
+    Timed at the largest batch of each tile.
+    """
+    weights, scales = of.weights, of.scales
     hidden, device, dtype = weights.first_bias.shape[1], weights.bias.device, weights.bias.dtype
 
     def ratio(count: int, tile: int, path: HeadsPath) -> float:
@@ -225,12 +261,16 @@ def _paying_heads(
         if not own:
             return 0.0  # of another rank's heads alone
         m = random_rows(min(tile, shapes.max_batch), weights.first_weight.shape[2], device, dtype)
-        run = partial(parallel_heads, m.split(hidden, dim=1), weights.take(own), counters=counters)
+        run = partial(
+            parallel_heads, m.split(hidden, dim=1), weights.take(own), scales and scales.take(own), counters=of.counters
+        )
         return _ratio(timer(partial(run, path=path), partial(run, path=HeadsPath.BATCHED)))
 
-    ratios = {shape: ratio(*shape, path) for shape, path in heads.items()}
-    kept = {shape: path for shape, path in heads.items() if pays(ratios[shape], 1)}
-    return kept, _with_ratios(reason, [one for one in ratios.values() if one])
+    ratios = {shape: {path: ratio(*shape, path) for path in paths} for shape in shapes.of_heads}
+    # Of equals, and of ratios that are no numbers, the first.
+    best = {shape: min(paths, key=of_shape.__getitem__) for shape, of_shape in ratios.items()}
+    kept = {shape: path for shape, path in best.items() if pays(ratios[shape][path], 1)}
+    return kept, _with_ratios(reason, [ratios[shape][path] for shape, path in best.items() if ratios[shape][path]])
 
 
 def _argmax_tiles(
@@ -248,11 +288,26 @@ def _argmax_tiles(
 
     def ratio(count: int) -> float:
         x = random_rows(count, shard.weight.shape[1], shard.weight.device, dtype)
-        run: Callable = partial(lm_head_argmax, x, shard.weight, shard.size)
+        run: Callable = partial(lm_head_argmax, x, shard.weight, shard.size, scale=shard.scale)
         return _ratio(timer(run, partial(run, kernel=False)))
 
     ratios = {tile: ratio(count) for tile, count in rows.items()}
     return frozenset(t for t in rows if pays(ratios[t], 1)), _with_ratios("checked", ratios.values())
+
+
+def products_by_kernel(matrices: Sequence[EightBitRows], max_batch: int, dtype: torch.dtype) -> bool:
+    """Whether our kernel multiplies with these 8-bit rows: asked for, and right at every batch tile, on every rank.
+
+    Raises: KernelChoiceError where the kernel is forced and fails.
+    """
+    switch = kernel_switch()
+    asked = refusal(switch, matrices[0].weight.device, greedy=True) is None
+    with uncounted():
+        batches = sorted({1, *(min(tile, max_batch) for tile in (16, 32, 64))})
+        problem = wrong_products(matrices, batches, dtype) if asked else None
+    if asked and problem and switch is Switch.ON:
+        raise KernelChoiceError(f"{KERNELS.name}=1, but products of 8-bit rows: {problem}; unset it")
+    return bool(lowest_of_all_ranks([int(asked and problem is None)])[0])
 
 
 def _ratio(times: tuple[float, float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,6 +42,15 @@ class Sizes(Protocol):
     def passes(self) -> str:
         """What drafts its K tokens, in words."""
         ...
+
+
+@dataclass(frozen=True)
+class RoundBytes:
+    """Bytes read by one serial step, by all heads, each with their pass over the LM head, and by a whole round."""
+
+    serial: int
+    heads: int
+    total: int
 
 
 class Drafter(Protocol):
@@ -102,6 +112,15 @@ class Drafter(Protocol):
     @property
     def hub_prefix(self) -> str:
         """Names of published checkpoints begin with it, in lower case."""
+        ...
+
+    @property
+    def takes_eight_bits(self) -> bool:
+        """Whether its vLLM model keeps matrices in 8 bits (``draft_weights``)."""
+        ...
+
+    def round_bytes(self, sizes: Any, vocab_size: int, weights: str) -> RoundBytes:
+        """What a round reads, of weights in ``bf16``, ``fp8`` or ``int8``; asked where it `takes_eight_bits`."""
         ...
 
     def has_tensors(self, names: Collection[str]) -> bool:

@@ -11,6 +11,8 @@ from vllm_gumiho.drafters import DRAFTERS, PER_REQUEST, SEEDED_TEXT, Drafter, Si
 from vllm_gumiho.errors import CheckpointError
 
 TYPE_KEY = "speculators_model_type"
+# How a draft model is to keep its weights and the LM head, of `drafters.draft_weights`.
+WEIGHT_KEYS = ("gumiho_draft_weights", "gumiho_draft_lm_head")
 _COPIED_KEYS = (
     "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "rope_theta", "rope_scaling",
     "vocab_size",
@@ -116,7 +118,8 @@ def update_draft_config(drafter: Drafter, config_dict: dict[str, Any], pre_train
         pre_trained_config[key] = config_dict[key]
     pre_trained_config["architectures"] = [drafter.architecture]
     pre_trained_config["gumiho_checkpoint"] = config_dict.get("gumiho_checkpoint")
-    pre_trained_config.update({key: config_dict[key] for key in (PER_REQUEST, SEEDED_TEXT) if key in config_dict})
+    kept = (PER_REQUEST, SEEDED_TEXT, *WEIGHT_KEYS)
+    pre_trained_config.update({key: config_dict[key] for key in kept if key in config_dict})
 
 
 def check_config(file: Path, config: dict[str, Any]) -> None:

@@ -14,8 +14,17 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from vllm_gumiho.checkpoint.tensors import target_ids
+from vllm_gumiho.drafters.draft_weights import DraftWeights
+from vllm_gumiho.drafters.eight_bit import EightBitMatrix
 from vllm_gumiho.drafters.kernel_choice import kernel_switch
-from vllm_gumiho.drafters.lm_head import DraftHead, GreedyArgmax, LmHeadShard, argmax_problem, plain_head_problem
+from vllm_gumiho.drafters.lm_head import (
+    DraftHead,
+    EightBitHead,
+    GreedyArgmax,
+    LmHeadShard,
+    argmax_problem,
+    plain_head_problem,
+)
 from vllm_gumiho.drafters.target_view import language_model
 from vllm_gumiho.errors import DraftModelError
 
@@ -62,6 +71,8 @@ class TargetHead:
         self.greedy_argmax: GreedyArgmax | None = None
         self.draft_ids: Tensor | None = None
         self.draft_head: DraftHead | None = None
+        self.eight_bit_head: EightBitHead | None = None
+        self.draft_weights = DraftWeights.of(config)
         speculative = vllm_config.speculative_config
         assert speculative is not None
         self.greedy_drafts = speculative.draft_sample_method != "probabilistic"
@@ -91,17 +102,51 @@ class TargetHead:
     def argmax_of_head(self) -> tuple[GreedyArgmax | None, str | None]:
         """The argmax kernel on the LM head, or why it does not apply, once the target's LM head is in place.
 
-        Takes the draft vocabulary's rows, where there is one.
+        Takes the draft vocabulary's rows, where there is one, and copies them in 8 bits, where that is asked for.
         """
+        dtype = self.draft_weights.head_dtype
         if self.draft_ids is not None:
-            self.draft_head = DraftHead(self.lm_head, self.draft_ids, self.config.gumiho_checkpoint)
+            self.draft_head = DraftHead(self.lm_head, self.draft_ids, self.config.gumiho_checkpoint, dtype)
             self.draft_ids = None  # the head has them, on its device
         refused = None if self.draft_head else plain_head_problem(self.lm_head)
         if refused is not None:
             return None, refused
-        shard = self.draft_head.shard if self.draft_head else LmHeadShard.of(self.lm_head, self.config.vocab_size)
+        if self.draft_head is None and dtype is not None and self._head_is_drafts_dtype():
+            self.eight_bit_head = EightBitHead(self.lm_head, dtype)
+        if self.draft_head:
+            shard = self.draft_head.shard
+        elif self.eight_bit_head:
+            shard = self.eight_bit_head.shard(self.config.vocab_size)
+        else:
+            shard = LmHeadShard.of(self.lm_head, self.config.vocab_size)
         refused = argmax_problem(shard, self.logits_processor.scale, self.draft_dtype)
         return (None, refused) if refused else (GreedyArgmax(shard), None)
+
+    def _head_is_drafts_dtype(self) -> bool:
+        """Whether vLLM computes logits in the engine's dtype: it takes nothing but plain weights for another."""
+        return self.logits_processor.head_dtype in (None, self.draft_dtype)
+
+    @property
+    def head_matrix(self) -> EightBitMatrix | None:
+        """The 8-bit rows that are drafted by."""
+        if self.draft_head is not None:
+            return self.draft_head.matrix
+        return None if self.eight_bit_head is None else self.eight_bit_head.matrix
+
+    def take_argmax(self, tokens: GreedyArgmax | None, tiles: frozenset[int]) -> None:
+        """Find greedy tokens by the kernel at these row tiles; without any, by logits alone."""
+        self.greedy_argmax = GreedyArgmax(tokens.shard, tiles) if tokens and tiles else None
+        matrix = self.head_matrix
+        if matrix is not None and self.greedy_argmax is None:
+            matrix.pack(self.draft_dtype)
+
+    def describe_head(self) -> str:
+        """The LM head's copy, for the log; empty where there is none."""
+        matrix = self.head_matrix
+        if matrix is None:
+            asked = self.draft_weights.head_dtype is not None
+            return ", LM head as the target has it" if asked else ""
+        return f", LM head in {self.draft_weights.lm_head} ({matrix.nbytes / 1e6:.2f} MB more)"
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """``[N, H]`` -> ``[N, V]`` by the target's LM head, its bias included; -inf for tokens never drafted."""
@@ -110,7 +155,8 @@ class TargetHead:
             if cap is not None:
                 logits = torch.tanh(logits / cap) * cap
             return self.draft_head.spread(logits * self.logits_processor.scale, self.config.vocab_size)
-        return self.logits_processor(self.lm_head, hidden_states, getattr(self.lm_head, "bias", None))
+        head = self.eight_bit_head or self.lm_head
+        return self.logits_processor(head, hidden_states, getattr(head, "bias", None))
 
     def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
         """Greedy draft tokens of ``[N, H]``, ``[N]`` int64, the same on every rank: what vLLM's runners ask for.
@@ -128,5 +174,5 @@ class TargetHead:
             logits = self.compute_logits(hidden_states)
             assert logits is not None
             return logits.argmax(-1)
-        bias = getattr(self.lm_head, "bias", None)
-        return self.logits_processor.get_top_tokens(self.lm_head, hidden_states, bias)
+        head = self.eight_bit_head or self.lm_head
+        return self.logits_processor.get_top_tokens(head, hidden_states, getattr(head, "bias", None))

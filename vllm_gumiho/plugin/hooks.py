@@ -31,6 +31,8 @@ class Hook:
 
 _V1, _V2 = "vllm.v1.spec_decode", "vllm.v1.worker.gpu.spec_decode"
 _LAYERS, _MODELS = "vllm.model_executor.layers", "vllm.model_executor.models"
+_SCHEMES = f"{_LAYERS}.quantization.compressed_tensors.schemes"
+_KERNELS = "vllm.model_executor.kernels.linear"
 _DECODE = ("num_reqs", "num_speculative_steps")
 _DRAFT = ("num_reqs", "num_tokens_padded", "attn_metadata", "slot_mappings", "num_tokens_across_dp")
 # Of an attention layer whose keys and values are made again.
@@ -139,6 +141,31 @@ SERVING: tuple[Hook, ...] = (
     Hook(f"{_MODELS}.utils", "get_draft_quant_config", "called", "a quantised target keeps the draft plain",
          ("vllm_config",)),
     Hook(f"{_MODELS}.utils", "maybe_prefix", "called", "names of the draft's layers", ("prefix", "name")),
+    Hook(f"{_LAYERS}.linear", "LinearBase", "called", "8-bit draft weights: layers that have them"),
+    Hook(f"{_LAYERS}.linear", "LinearMethodBase", "inherited", "8-bit draft weights: the linear method",
+         ("create_weights", "apply")),
+    Hook(f"{_LAYERS}.linear", "register_weight_loader_v2_supported_method", "called",
+         "8-bit draft weights: vLLM's weight loaders"),
+    Hook(f"{_LAYERS}.quantization.base_config", "QuantizationConfig.get_quant_method", "inherited",
+         "8-bit draft weights: the config of the layers", ("layer", "prefix")),
+    Hook(f"{_SCHEMES}.compressed_tensors_w8a8_int8", "CompressedTensorsW8A8Int8", "called",
+         "8-bit draft weights: int8 on a CPU", ("strategy", "is_static_input_scheme", "input_symmetric")),
+    Hook(f"{_SCHEMES}.compressed_tensors_w8a16_fp8", "CompressedTensorsW8A16Fp8", "called",
+         "8-bit draft weights: fp8 on a GPU", ("weight_quant", "is_static_input_scheme")),
+    Hook(_KERNELS, "init_int8_linear_kernel", "called", "8-bit draft weights: int8 products on a CPU",
+         ("is_channelwise", "is_static_input_scheme", "input_symmetric", "module_name")),
+    Hook(_KERNELS, "choose_mp_linear_kernel", "called", "8-bit draft weights: int8 on a GPU", ("config",)),
+    Hook(f"{_KERNELS}.mixed_precision.MPLinearKernel", "MPLinearLayerConfig", "called",
+         "8-bit draft weights: int8 on a GPU", ("weight_type", "act_type", "group_size", "zero_points")),
+    Hook(f"{_KERNELS}.mixed_precision.MPLinearKernel", "MPLinearKernel.apply_weights", "called",
+         "8-bit draft weights: int8 on a GPU", ("layer", "x", "bias")),
+    Hook("vllm.model_executor.parameter", "ModelWeightParameter", "called", "8-bit draft weights: codes"),
+    Hook("vllm.model_executor.parameter", "ChannelQuantScaleParameter", "called", "8-bit draft weights: scales"),
+    Hook("vllm.model_executor.parameter", "PackedvLLMParameter", "called", "8-bit draft weights: int8 on a GPU",
+         ("packed_factor", "packed_dim")),
+    Hook("vllm.scalar_type", "scalar_types", "called", "8-bit draft weights: int8 on a GPU", ("uint8b128",)),
+    Hook("vllm.utils.torch_utils", "set_default_torch_dtype", "called", "8-bit draft weights: int8 on a CPU",
+         ("dtype",)),
     Hook("vllm.compilation.decorators", "support_torch_compile", "called", "compiles the serial pass"),
     Hook(f"{_LAYERS}.linear", "ReplicatedLinear", "called", "fc"),
     Hook(f"{_LAYERS}.linear", "ColumnParallelLinear", "called", "MoA: queries of the cross-attention"),

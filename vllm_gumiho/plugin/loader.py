@@ -7,6 +7,7 @@ from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from vllm_gumiho.drafters.checkpoints import open_checkpoint
+from vllm_gumiho.drafters.draft_weights import DraftWeights
 
 
 class CheckpointLoader(BaseModelLoader):
@@ -16,4 +17,6 @@ class CheckpointLoader(BaseModelLoader):
         open_checkpoint(model_config.hf_config.gumiho_checkpoint)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        model.load_weights(open_checkpoint(model_config.hf_config.gumiho_checkpoint).tensors())
+        config = model_config.hf_config
+        opened, dtype = open_checkpoint(config.gumiho_checkpoint), DraftWeights.of(config).dtype
+        model.load_weights(opened.tensors() if dtype is None else opened.rows(dtype))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_gumiho.drafters.checkpoints import Checkpoint
+from vllm_gumiho.drafters.draft_weights import DraftWeights
 from vllm_gumiho.drafters.speculators_config import speculators_config
 from vllm_gumiho.drafters.target_config import norm_eps_of, rope_of
 from vllm_gumiho.env import CACHE_ROOT, cache_folder
@@ -22,7 +23,10 @@ logger = logging.getLogger("vllm.vllm_gumiho")
 
 
 def derive_draft_config(
-    checkpoint: Checkpoint, target: ModelConfig, parallel: ParallelConfig | None = None
+    checkpoint: Checkpoint,
+    target: ModelConfig,
+    parallel: ParallelConfig | None = None,
+    weights: DraftWeights | None = None,
 ) -> dict[str, Any]:
     """config.json content for the draft: sizes from the tensors, the rest from the checkpoint, else the target.
 
@@ -71,6 +75,7 @@ def derive_draft_config(
     final = config["transformer_layer_config"]
     _reach_all_positions(checkpoint, final, dict(rope), target.max_model_len)
     config |= checkpoint.drafter.fit(checkpoint.path, sizes, target, parallel)
+    config |= (weights or DraftWeights()).config_fields()
     config["gumiho_checkpoint"] = str(checkpoint.path.resolve())
     return config
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_gumiho.drafters import DRAFTERS, PER_REQUEST, SEEDED_TEXT, Drafter
 from vllm_gumiho.drafters.checkpoints import LOAD_FORMAT, Checkpoint, drafter_in, open_checkpoint
+from vllm_gumiho.drafters.draft_weights import AUTO as AS_GIVEN
+from vllm_gumiho.drafters.draft_weights import KEY, asked_for, choose
 from vllm_gumiho.errors import CheckpointError
 from vllm_gumiho.request.catalogue import check_named, checkpoint_for, local_path
 from vllm_gumiho.request.draft_config import derive_draft_config, publish
@@ -77,7 +79,8 @@ class Request:
     def for_vllm(self) -> dict[str, Any]:
         """vLLM's speculative config.  Raises: CheckpointError where the draft's config.json can be put nowhere."""
         tokens = draft_length(self.spec.get(TOKENS), self.checkpoint)
-        spec = {key: value for key, value in self.spec.items() if key not in ("revision", PER_REQUEST, SEEDED_TEXT)}
+        ours = ("revision", PER_REQUEST, SEEDED_TEXT, KEY)
+        spec = {key: value for key, value in self.spec.items() if key not in ours}
         spec |= {"method": self.drafter.vllm_method, "model": str(publish(self.draft_config)), TOKENS: tokens}
         if self.load_format != DUMMY:
             from vllm.config import LoadConfig
@@ -136,14 +139,18 @@ def resolve(
     _check_features(spec, parallel)
     _check_lengths(spec, checkpoint)
     _tell_of_shorter_drafts(spec, target)
-    draft_config = derive_draft_config(checkpoint, target, parallel)
+    weights = choose(spec.get(KEY), checkpoint)
+    draft_config = derive_draft_config(checkpoint, target, parallel, weights)
     for_runner = {PER_REQUEST: row_cost(spec.get(PER_REQUEST)), SEEDED_TEXT: seeded_text(spec)}
     draft_config |= {key: value for key, value in for_runner.items() if value is not None}
     if spec.get("draft_load_config") is not None:
         raise CheckpointError("draft_load_config is not for Gumiho, which reads its checkpoints itself; leave it out")
     if load_format != DUMMY:
         checkpoint.verify(target.get_vocab_size())
-    return Request(dict(spec), checkpoint.drafter, where, checkpoint, draft_config, load_format)
+    # What was measured or stored for a request is for these weights, whoever asked for them.
+    kept = {key: value for key, value in spec.items() if key != KEY}
+    kept |= {} if asked_for(spec.get(KEY)) == AS_GIVEN else {KEY: asked_for(spec.get(KEY))}
+    return Request(kept, checkpoint.drafter, where, checkpoint, draft_config, load_format)
 
 
 def _locate(spec: dict[str, Any], target: ModelConfig) -> tuple[str, Path]:

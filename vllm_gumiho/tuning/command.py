@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from vllm_gumiho.options import CONCURRENCY, CheckpointOption, JsonFlag, TargetO
 from vllm_gumiho.request.lengths import SCHEDULE
 from vllm_gumiho.tuning.schedule import in_words
 from vllm_gumiho.tuning.settings import Plan
-from vllm_gumiho.tuning.theory import Option, best, options
+from vllm_gumiho.tuning.theory import Option, StepTimes, best, options
 
 console = Console()
 
@@ -56,6 +56,13 @@ def plan(
     tree_extra: Annotated[
         float, typer.Option(help="Milliseconds of a tree beside its rows: top-k, mask, moving the KV cache.")
     ] = 0.0,
+    weights_of: Annotated[
+        str | None,
+        typer.Option(
+            help="Gumiho checkpoint: also the best split with each draft_weights, by the bytes that it reads.  "
+            "The step times are then those of bf16, and accuracies are taken to be the same."
+        ),
+    ] = None,
     as_json: JsonFlag = False,
     plot: Annotated[Path | None, typer.Option(help="PNG to write.")] = None,
 ) -> None:
@@ -82,9 +89,11 @@ def plan(
         from vllm_gumiho.tuning.plot import plot_plan
 
         plot_plan(found, plot)
+    by_weights = _by_weights(weights_of, times, lambda t: best(options(serial, heads, t, concurrency, serial_steps)))
     if as_json:
         rows = [{"length": option.length, **dataclasses.asdict(option)} for option in found]
-        print(json.dumps({"batch": concurrency, "best": rows[found.index(fastest)], "options": rows}, indent=1))
+        more = {"draft_weights": by_weights} if by_weights else {}
+        print(json.dumps({"batch": concurrency, "best": rows[found.index(fastest)], "options": rows, **more}, indent=1))
         return
     table = Table(
         "K",
@@ -114,6 +123,29 @@ def plan(
     console.print(table)
     console.print("* fastest split of its K; tokens a step are 1 + accepted", highlight=False)
     console.print(_in_words(found, fastest), highlight=False, soft_wrap=True)
+    if by_weights:
+        table = Table("draft_weights", "MB a round", "K", "step ms", "tokens/s", title="best split, by bytes read")
+        for kind, row in by_weights.items():
+            numbers = (f"{row['megabytes']:.1f}", str(row["length"]), f"{row['step_ms']:.2f}")
+            table.add_row(kind, *numbers, f"{row['tokens_per_s']:.1f}")
+        console.print(table)
+
+
+def _by_weights(
+    checkpoint: str | None, times: StepTimes, fastest: Callable[[StepTimes], Option]
+) -> dict[str, dict[str, float]]:
+    """By ``draft_weights``: megabytes that a full round reads, and the best split with these."""
+    if checkpoint is None:
+        return {}
+    from vllm_gumiho.request.round_bytes import of_checkpoint
+
+    read = of_checkpoint(checkpoint)
+    wide, found = read["bf16"], {}
+    for kind, one in read.items():
+        option = fastest(times.at(one.serial / wide.serial, one.heads / wide.heads))
+        kept = {name: getattr(option, name) for name in ("length", "serial", "heads", "step_ms", "tokens_per_s")}
+        found[kind] = {"megabytes": one.total / 1e6, **kept}
+    return found
 
 
 def tune(
@@ -134,6 +166,9 @@ def tune(
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="vLLM's, as you serve.")] = False,
     tensor_parallel_size: Annotated[int, typer.Option(help="vLLM's, as you serve.")] = 1,
     gpu_memory_utilization: Annotated[float | None, typer.Option(help="vLLM's, as you serve.")] = None,
+    draft_weights: Annotated[
+        str | None, typer.Option(help="auto, bf16, fp8 or int8, as you serve; a schedule is stored for one of them.")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Times each cell is measured.")] = Plan.repeats,
     seconds: Annotated[float, typer.Option(help="Of decoding, for each cell and repeat.")] = Plan.seconds,
     tokens: Annotated[int, typer.Option(help="Length of each answer that acceptance is measured on.")] = Plan.tokens,
@@ -187,7 +222,7 @@ def tune(
         max_num_seqs=concurrency,
         **{name: value for name, value in given.items() if value is not None},
     )
-    request = resolve({"model": checkpoint}, model)
+    request = resolve({"model": checkpoint, "draft_weights": draft_weights}, model)
     key = storage.identity(request, engine, model)
     settings = Plan(
         max_batch=concurrency or storage.largest_batch(engine),

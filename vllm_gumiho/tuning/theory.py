@@ -80,6 +80,10 @@ class StepTimes:
         extra = batch * (serial + heads + 1) - 1
         return self.target + self.verify * extra + self.serial * serial + (self.heads if heads else 0.0)
 
+    def at(self, serial: float, heads: float) -> StepTimes:
+        """The same with these shares of the bytes that drafting reads: its time is that of reading them."""
+        return StepTimes(self.target, self.verify, self.serial * serial, self.heads * heads)
+
 
 @dataclass(frozen=True)
 class Option:

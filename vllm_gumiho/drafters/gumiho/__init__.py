@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_gumiho.checkpoint.files import TensorInfo
     from vllm_gumiho.drafters.gumiho.layout import GumihoSizes
+    from vllm_gumiho.drafters.protocol import RoundBytes
 
 # Model runner V2 records its serial decode step together with the heads, for so many serial steps.
 V2_SERIAL_STEPS = 2
@@ -42,7 +43,14 @@ class Gumiho:
         "meta-llama/Meta-Llama-3-70B-Instruct": "amd/Gumiho-llama3-70b",
     }
     hub_prefix = "amd/gumiho-"
+    takes_eight_bits = True
     config_keys = ("num_serial_steps", "num_parallel_heads", "fc_bias")
+
+    def round_bytes(self, sizes: GumihoSizes, vocab_size: int, weights: str) -> RoundBytes:
+        """See `round_bytes.round_bytes`."""
+        from vllm_gumiho.drafters.gumiho.round_bytes import round_bytes
+
+        return round_bytes(sizes, vocab_size, weights)
 
     def has_tensors(self, names: Collection[str]) -> bool:
         """By ``fc`` and any stage of a head."""

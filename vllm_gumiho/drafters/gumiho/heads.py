@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,15 @@ from torch import Tensor, nn
 from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
 from vllm.platforms import current_platform
 
+from vllm_gumiho.drafters.eight_bit import for_device, packed_for_cpu
 from vllm_gumiho.drafters.ranks import lowest_of_all_ranks
 from vllm_gumiho.env import SPLIT_HEADS
 from vllm_gumiho.errors import SplitHeadsError
+from vllm_gumiho.kernels.eight_bit import EightBitRows
 from vllm_gumiho.kernels.parallel_heads import (
     GAVE_UP,
     HEAD_STAGES,
+    HeadScales,
     HeadsPath,
     HeadWeights,
     new_counters,
@@ -58,13 +62,22 @@ class ParallelHeads(nn.Module):
     """
 
     def __init__(
-        self, num_heads: int, num_serial_steps: int, hidden_size: int, dtype: torch.dtype, asked_for: int | None = None
+        self,
+        num_heads: int,
+        num_serial_steps: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        asked_for: int | None = None,
+        weights: torch.dtype | None = None,
     ):
-        """asked_for: how many of the heads the largest K asks for; None is all of them."""
+        """asked_for: how many of the heads the largest K asks for; None is all of them.
+
+        weights: an 8-bit dtype, whose rows have scales; None for ``dtype``.
+        """
         super().__init__()
         parameters_of_head = hidden_size * ((num_serial_steps + HEAD_STAGES - 1) * hidden_size + HEAD_STAGES)
         group = get_tp_group()
-        head_bytes = parameters_of_head * dtype.itemsize
+        head_bytes = parameters_of_head * (weights or dtype).itemsize
         used = num_heads if asked_for is None else max(0, min(num_heads, asked_for))
         split = split_heads(used, head_bytes, group.world_size, current_platform.is_cpu())
         split = bool(lowest_of_all_ranks([int(split)])[0])
@@ -72,15 +85,19 @@ class ParallelHeads(nn.Module):
         self.rank: int = group.rank_in_group if split else 0
         own = len(range(self.rank, num_heads, self.ranks))
 
-        def parameter(*shape: int) -> nn.Parameter:
+        def parameter(*shape: int, kind: torch.dtype = dtype) -> nn.Parameter:
             # More ranks than heads: one of zeros, that is never asked, keeps every shape whole.
             make = torch.empty if own else torch.zeros
-            return nn.Parameter(make(max(1, own), *shape, dtype=dtype), requires_grad=False)
+            return nn.Parameter(make(max(1, own), *shape, dtype=kind), requires_grad=False)
 
-        self.first_weight = parameter(hidden_size, num_serial_steps * hidden_size)
+        self.first_weight = parameter(hidden_size, num_serial_steps * hidden_size, kind=weights or dtype)
         self.first_bias = parameter(hidden_size)
-        self.weight = parameter(HEAD_STAGES - 1, hidden_size, hidden_size)
+        self.weight = parameter(HEAD_STAGES - 1, hidden_size, hidden_size, kind=weights or dtype)
         self.bias = parameter(HEAD_STAGES - 1, hidden_size)
+        self.first_scale = parameter(hidden_size, kind=torch.float32) if weights else None
+        self.scale = parameter(HEAD_STAGES - 1, hidden_size, kind=torch.float32) if weights else None
+        # vLLM's int8 products on a CPU, by head and stage, once `pack` has given them the weights.
+        self._products: list[list[tuple[Any, nn.Module]]] = []
         # The kernel by heads asked for and batch tile, where one was chosen; the library's products for the rest.
         self.paths: dict[tuple[int, int], HeadsPath] = {}
         self._drafts = 0
@@ -93,13 +110,20 @@ class ParallelHeads(nn.Module):
         return len(range(self.rank, count, self.ranks))
 
     def destination(self, head: int, stage: int, kind: str) -> Tensor | None:
-        """View that holds the tensor ``mlp.{head}.{stage}.linear.{kind}``; None where another rank has that head."""
+        """View that holds the tensor ``mlp.{head}.{stage}.linear.{kind}``; None where another rank has that head.
+
+        kind: ``weight``, ``bias``, or ``weight_scale`` of 8-bit rows, ``[H, 1]``.
+        """
         if head % self.ranks != self.rank:
             return None
         own = head // self.ranks
-        if stage == 0:
-            return (self.first_weight if kind == "weight" else self.first_bias)[own]
-        return (self.weight if kind == "weight" else self.bias)[own, stage - 1]
+        first, rest = {
+            "weight": (self.first_weight, self.weight),
+            "bias": (self.first_bias, self.bias),
+            "weight_scale": (self.first_scale, self.scale),
+        }[kind]
+        place = first[own] if stage == 0 else rest[own, stage - 1]
+        return place[:, None] if kind == "weight_scale" else place
 
     def forward(self, m: Sequence[Tensor], count: int) -> Tensor:
         """o_1..o_S, each ``[B, H]`` -> ``[count, B, H]``, the first ``count`` heads; the same on every rank."""
@@ -114,8 +138,48 @@ class ParallelHeads(nn.Module):
 
     def _own(self, m: Sequence[Tensor], count: int) -> Tensor:
         """This rank's of the first ``count`` heads, by no kernel that was not checked for just this shape."""
+        own = self.own(count)
+        if self._products:
+            return self._by_products(m, own)
         path = self.paths.get((count, batch_tile(m[-1].shape[0])), HeadsPath.BATCHED)
-        return parallel_heads(m, self.weights.take(self.own(count)), path=path, counters=self.counters)
+        scales = self.scales.take(own) if self.scales else None
+        return parallel_heads(m, self.weights.take(own), scales, path=path, counters=self.counters)
+
+    def _by_products(self, m: Sequence[Tensor], own: int) -> Tensor:
+        """By vLLM's int8 products on a CPU, which round each row of their input to int8."""
+        whole = torch.cat(tuple(m), dim=-1)
+        found = []
+        for stages in self._products[:own]:
+            (kernel, layer), *rest = stages
+            z = F.silu(kernel.apply_weights(layer, whole, layer.bias))
+            for kernel, layer in rest:
+                z = z + F.silu(kernel.apply_weights(layer, z, layer.bias))
+            found.append(z)
+        return torch.stack(found)
+
+    def finish_loading(self) -> None:
+        """Bring loaded 8-bit rows into the format that their device converts."""
+        if self.scale is None or self.first_scale is None:
+            return
+        for weight, scale in ((self.first_weight, self.first_scale), (self.weight, self.scale)):
+            weight.data, scale.data = for_device(EightBitRows(weight.data, scale.data))
+
+    def pack(self) -> bool:
+        """On a CPU, let vLLM's int8 products have int8 weights where none of ours takes them; whether it was so."""
+        if self.paths or self.weight.dtype != torch.int8 or self.weight.device.type != "cpu":
+            return False
+        assert self.first_scale is not None
+        assert self.scale is not None
+        for i in range(len(self.first_bias)):
+            first = EightBitRows(self.first_weight[i], self.first_scale[i])
+            rest = [EightBitRows(self.weight[i, j], self.scale[i, j]) for j in range(HEAD_STAGES - 1)]
+            biases = [self.first_bias[i], *self.bias[i]]
+            self._products.append(
+                [packed_for_cpu(rows, b.dtype, b.data) for rows, b in zip([first, *rest], biases, strict=True)]
+            )
+        for name in ("first_weight", "weight", "first_scale", "scale"):
+            setattr(self, name, None)
+        return True
 
     def leave_single_launch(self) -> bool:
         """Take one launch per stage from now on where a wait of the single launch has given up; whether that is new.
@@ -135,6 +199,11 @@ class ParallelHeads(nn.Module):
         }
         self.counters.zero_()
         return True
+
+    @property
+    def scales(self) -> HeadScales | None:
+        """Of 8-bit rows."""
+        return None if self.scale is None else HeadScales(self.first_scale, self.scale)
 
     @property
     def weights(self) -> HeadWeights:

@@ -14,20 +14,37 @@ from vllm import envs
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.llama_eagle import LlamaDecoderLayer, LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, get_draft_quant_config, maybe_prefix
 
-from vllm_gumiho.checkpoint.tensors import D2T
+from vllm_gumiho.checkpoint.tensors import D2T, SCALE
+from vllm_gumiho.drafters.draft_weights import DraftWeights
+from vllm_gumiho.drafters.eight_bit import EightBitConfig, RowsScheme
 from vllm_gumiho.drafters.gumiho.heads import ParallelHeads
 from vllm_gumiho.drafters.gumiho.layout import STAGE
-from vllm_gumiho.drafters.kernel_choice import Shapes, choose_kernels
-from vllm_gumiho.drafters.lm_head import GreedyArgmax
+from vllm_gumiho.drafters.kernel_choice import Shapes, choose_kernels, products_by_kernel
 from vllm_gumiho.drafters.target_owned import TargetHead, TargetOwned, whole_attention
 from vllm_gumiho.env import BREAKABLE_GRAPHS
+from vllm_gumiho.kernels.eight_bit import EightBitRows
+from vllm_gumiho.kernels.parallel_heads import HeadsPath
 
 
-class FirstLayer(LlamaDecoderLayer):
+def layer_quant_config(vllm_config: VllmConfig) -> QuantizationConfig | None:
+    """Of ``fc`` and the layers: 8-bit rows where ``draft_weights`` says so, else what vLLM has for the draft."""
+    dtype = DraftWeights.of(vllm_config.speculative_config.draft_model_config.hf_config).dtype
+    return get_draft_quant_config(vllm_config) if dtype is None else EightBitConfig(dtype)
+
+
+class Layer(LlamaDecoderLayer):
+    """Of vLLM, with weights as ``draft_weights`` says."""
+
+    def get_quant_config(self, vllm_config: VllmConfig) -> QuantizationConfig | None:
+        return layer_quant_config(vllm_config)
+
+
+class FirstLayer(Layer):
     """The layer without an input norm, whose input the heads read once more.
 
     vLLM's own forward would give its input to the fused add-norm as the residual, which a GPU's operators, and the
@@ -52,7 +69,7 @@ class GumihoModel(nn.Module):
         self.config = config
         self.embed_tokens = TargetOwned(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            (LlamaDecoderLayer if i else FirstLayer)(
+            (Layer if i else FirstLayer)(
                 vllm_config, i == 0, prefix=maybe_prefix(prefix, f"layers.{i + start_layer_id}"), config=config
             )
             for i in range(config.num_hidden_layers)
@@ -62,7 +79,7 @@ class GumihoModel(nn.Module):
             config.hidden_size,
             bias=config.fc_bias,
             params_dtype=vllm_config.model_config.dtype,
-            quant_config=get_draft_quant_config(vllm_config),
+            quant_config=layer_quant_config(vllm_config),
             prefix=maybe_prefix(prefix, "fc"),
             return_bias=False,
         )
@@ -103,7 +120,10 @@ class GumihoForCausalLM(TargetHead, LlamaForCausalLM):
             config.hidden_size,
             vllm_config.model_config.dtype,
             asked_for=vllm_config.speculative_config.num_speculative_tokens - config.num_serial_steps,
+            weights=self.draft_weights.dtype,
         )
+        own = (self.model.fc, self.model.layers, self.heads)
+        self.weight_bytes = sum(tensor.nbytes for module in own for tensor in module.parameters())
         # Breakable CUDA graphs replay this whole forward without its Python: only a buffer tells its o vectors then.
         self.copies_fused = bool(getattr(envs, BREAKABLE_GRAPHS.name, False))
         copies = self.max_batch if self.copies_fused else 0
@@ -141,15 +161,35 @@ class GumihoForCausalLM(TargetHead, LlamaForCausalLM):
 
     def finish_loading(self) -> str:
         """Choose the kernels, now that the target's LM head is in place; which, for the log."""
+        self.heads.finish_loading()
         tokens, refused = self.argmax_of_head()
         counts = {length - self.num_serial_steps for length in self.draft_lengths}
         shapes = Shapes({count: self.heads.own(count) for count in counts if count > 0}, self.max_batch)
-        weights, counters = self.heads.weights, self.heads.counters
-        choice = choose_kernels(shapes, weights, counters, tokens, refused, self.greedy_drafts)
+        choice = choose_kernels(shapes, self.heads, tokens, refused, self.greedy_drafts)
         self.heads.paths = choice.heads
-        self.greedy_argmax = GreedyArgmax(tokens.shard, choice.argmax) if tokens and choice.argmax else None
-        ranks = self.heads.ranks
-        return choice.describe() + (f", heads shared by {ranks} ranks" if ranks > 1 else "")
+        self.take_argmax(tokens, choice.argmax)
+        self._choose_products()
+        packed, ranks = self.heads.pack(), self.heads.ranks
+        heads = choice.describe()
+        if packed:
+            heads = heads.replace(HeadsPath.BATCHED.value, "vLLM's int8 products", 1)
+        shared = f", heads shared by {ranks} ranks" if ranks > 1 else ""
+        return f"{heads}{shared}, {self._describe_weights()}"
+
+    def _choose_products(self) -> None:
+        """Whether our kernel multiplies with those 8-bit rows that nothing of vLLM's takes."""
+        layers = [one for one in self.model.modules() if type(getattr(one, "scheme", None)) is RowsScheme]
+        matrices = [one for one in (self.head_matrix,) if one is not None and not one.packed]
+        rows = [EightBitRows(one.weight, one.weight_scale) for one in layers] + [one.rows for one in matrices]
+        kernel = bool(rows) and products_by_kernel(rows, self.max_batch, self.draft_dtype)
+        for one in (*(layer.scheme for layer in layers), *matrices):
+            one.kernel = kernel
+
+    def _describe_weights(self) -> str:
+        """For the log."""
+        weights, dtype = self.draft_weights, str(self.draft_dtype).removeprefix("torch.")
+        kind = weights.matrices if weights.dtype else dtype
+        return f"weights in {kind} ({self.weight_bytes / 1e6:.2f} MB){self.describe_head()}"
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors under their checkpoint names; returns the names of the parameters filled."""
@@ -157,8 +197,9 @@ class GumihoForCausalLM(TargetHead, LlamaForCausalLM):
 
         def serial_part() -> Iterable[tuple[str, Tensor]]:
             for name, tensor in weights:
-                if match := STAGE.fullmatch(name):
-                    place = self.heads.destination(int(match[1]), int(match[2]), match[3])
+                if match := STAGE.fullmatch(name.removesuffix(SCALE)):
+                    kind = match[3] + name[match.end() :]
+                    place = self.heads.destination(int(match[1]), int(match[2]), kind)
                     if place is not None:
                         place.copy_(tensor)
                     loaded.add(name)

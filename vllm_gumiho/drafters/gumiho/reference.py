@@ -15,7 +15,11 @@ from torch import Tensor
 
 @dataclass
 class ReferenceDrafter:
-    """weights: tensors under their checkpoint names; embed, lm_head: the target's, ``[V, H]``."""
+    """weights: tensors under their checkpoint names; embed, lm_head: the target's, ``[V, H]``.
+
+    rounded: parts whose products round their inputs to int8 by rows, as vLLM's CPU build does: of ``linear`` (``fc``
+    and the layers), ``heads`` and ``lm_head``.
+    """
 
     weights: dict[str, Tensor]
     embed: Tensor
@@ -25,10 +29,17 @@ class ReferenceDrafter:
     head_dim: int
     rope_theta: float
     eps: float
+    rounded: frozenset[str] = frozenset()
+
+    def product(self, x: Tensor, name: str) -> Tensor:
+        """``x [..., K]`` times a matrix ``[N, K]``, of the weights by its name or ``lm_head``."""
+        matrix = self.lm_head if name == "lm_head" else self.weights[name]
+        part = name if name == "lm_head" else "heads" if name.startswith("mlp.") else "linear"
+        return (int8_rows(x) if part in self.rounded else x) @ matrix.T
 
     def fuse(self, token: Tensor, feature: Tensor) -> Tensor:
         both = torch.cat((self.embed[token], feature), dim=-1)
-        return both @ self.weights["fc.weight"].T + self.weights["fc.bias"]
+        return self.product(both, "fc.weight") + self.weights["fc.bias"]
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weights[name]
@@ -51,7 +62,7 @@ class ReferenceDrafter:
         length = x.shape[0]
 
         def project(name: str, heads: int) -> Tensor:
-            return (y @ self.weights[f"{at}self_attn.{name}.weight"].T).view(length, heads, self.head_dim)
+            return self.product(y, f"{at}self_attn.{name}.weight").view(length, heads, self.head_dim)
 
         q = self.rotate(project("q_proj", self.num_heads))
         k = self.rotate(project("k_proj", self.num_kv_heads))
@@ -62,11 +73,11 @@ class ReferenceDrafter:
             for t in range(length):
                 scores = (k[: t + 1, shared] @ q[t, head]) / math.sqrt(self.head_dim)
                 mixed[t, head] = scores.softmax(0) @ v[: t + 1, shared]
-        x = x + mixed.reshape(length, -1) @ self.weights[f"{at}self_attn.o_proj.weight"].T
+        x = x + self.product(mixed.reshape(length, -1), f"{at}self_attn.o_proj.weight")
         y = self.norm(x, f"{at}post_attention_layernorm.weight")
-        gate = torch.nn.functional.silu(y @ self.weights[f"{at}mlp.gate_proj.weight"].T)
-        up = y @ self.weights[f"{at}mlp.up_proj.weight"].T
-        return x + (gate * up) @ self.weights[f"{at}mlp.down_proj.weight"].T
+        gate = torch.nn.functional.silu(self.product(y, f"{at}mlp.gate_proj.weight"))
+        up = self.product(y, f"{at}mlp.up_proj.weight")
+        return x + self.product(gate * up, f"{at}mlp.down_proj.weight")
 
     def transformer(self, fused: Tensor) -> Tensor:
         x = fused
@@ -77,7 +88,7 @@ class ReferenceDrafter:
     def head(self, m: Tensor, index: int) -> Tensor:
         def stage(x: Tensor, j: int) -> Tensor:
             at = f"mlp.{index}.{j}.linear."
-            return torch.nn.functional.silu(x @ self.weights[f"{at}weight"].T + self.weights[f"{at}bias"])
+            return torch.nn.functional.silu(self.product(x, f"{at}weight") + self.weights[f"{at}bias"])
 
         z = stage(m, 0)
         for j in range(1, 6):
@@ -91,14 +102,20 @@ class ReferenceDrafter:
         """
         fused = self.fuse(tokens[1:], features)
         h1 = self.transformer(fused)[-1]
-        y1 = (self.lm_head @ h1).argmax()
+        y1 = self.product(h1, "lm_head").argmax()
         o1 = self.fuse(y1, h1)
         h2 = self.transformer(torch.cat((fused, o1[None])))[-1]
-        y2 = (self.lm_head @ h2).argmax()
+        y2 = self.product(h2, "lm_head").argmax()
         o2 = self.fuse(y2, h2)
         drafted, out = [int(y1), int(y2)], [h1, h2]
         for index in range(5):
             z = self.head(torch.cat((o1, o2)), index)
-            drafted.append(int((self.lm_head @ z).argmax()))
+            drafted.append(int(self.product(z, "lm_head").argmax()))
             out.append(z)
         return drafted, out
+
+
+def int8_rows(x: Tensor) -> Tensor:
+    """``[..., K]``, each row rounded to whole 127ths of its largest magnitude."""
+    step = x.abs().amax(-1, keepdim=True) / 127
+    return torch.where(step > 0, (x / step).round() * step, x)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from vllm_gumiho.checkpoint.files import TensorInfo
     from vllm_gumiho.drafters.moa.layout import MoaSizes
+    from vllm_gumiho.drafters.protocol import RoundBytes
 
 
 # vLLM's classes whose layers have input_layernorm, self_attn.qkv_proj, at times k_norm, and one rotary embedding.
@@ -43,7 +44,12 @@ class Moa:
         "meta-llama/Meta-Llama-3-8B-Instruct": "huawei-noah/MOASpec-Llama-3-8B-Instruct",
     }
     hub_prefix = "huawei-noah/moaspec-"
+    takes_eight_bits = False
     config_keys = ("eagle_aux_hidden_state_layer_ids", "layer_attention")
+
+    def round_bytes(self, sizes: Any, vocab_size: int, weights: str) -> RoundBytes:
+        """Not asked: its matrices have the engine's dtype."""
+        raise NotImplementedError("bytes of a round are known for drafters that take 8-bit weights")
 
     def has_tensors(self, names: Collection[str]) -> bool:
         """By the cross-attention or the layer self-attention."""

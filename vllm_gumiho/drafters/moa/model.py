@@ -26,7 +26,6 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 
 from vllm_gumiho.checkpoint.tensors import D2T
 from vllm_gumiho.drafters.kernel_choice import choose_argmax
-from vllm_gumiho.drafters.lm_head import GreedyArgmax
 from vllm_gumiho.drafters.moa.context import VerifiedAttention
 from vllm_gumiho.drafters.moa.features import LayerFeatures
 from vllm_gumiho.drafters.moa.layout import CROSS, LAYER_KEY, SELF, LayerShape
@@ -195,7 +194,7 @@ class MoaForCausalLM(TargetHead, Eagle3LlamaForCausalLM):
         tokens, refused = self.argmax_of_head()
         device = self.features.Ekv2E.bias.device
         tiles, argmax = choose_argmax(self.max_batch, tokens, refused, self.greedy_drafts, device, self.draft_dtype)
-        self.greedy_argmax = GreedyArgmax(tokens.shard, tiles) if tokens and tiles else None
+        self.take_argmax(tokens, tiles)
         named = ", ".join(map(str, self.features.target_layers))
         read = f"layers {named}" if named else f"keys and values of {self.num_states} layers"
         return f"features of {read}, {argmax}"
