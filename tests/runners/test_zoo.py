@@ -57,11 +57,13 @@ def trained(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Of a group of kinds, whose engines share a process."""
+def results(request, tmp_path_factory):
+    """Of a group of kinds, whose engines share a process; of those alone that this run asks for."""
+    asked = {tuple(item.callspec.id.split(" ", 1)) for item in request.session.items if hasattr(item, "callspec")}
 
-    def of(key: tuple[str, str]) -> dict:
-        runner, group = key[0], GROUPS[key]
+    def of(key: tuple[str, str]) -> tuple[dict, dict]:
+        runner, name = key
+        group = tuple(one for one in GROUPS[key] if (runner, one) in asked) or (name,)
         if (runner, group) not in _done:
             cases, pairs = {}, {}
             sampling = {"temperature": 0.0, "max_tokens": 12 if runner == "v1" else 8, "ignore_eos": True}

@@ -32,10 +32,11 @@ NOTES = {
 
 HEAD = """# Targets
 
-Each kind below was run as a tiny random model with {layers}, on vLLM {version} ({date}). A head is trained for it for
-two steps. An engine serves that head at K = 7, 3 and 1. The text must be the text without speculation, and every draft
+Each kind below was run as a tiny random model with {layers}, on vLLM {version} ({date}).
+A head is trained for it for two steps. An engine serves that head at K = 7, 3 and 1. The text must be the text without speculation, and every draft
 token what the equations give. The engine's features must be those that training takes, within 1e-4, and prompts are
-longer than every window. The columns name the model runners in which that passed.
+longer than every window. The columns name the model runners in which that passed; V2 has been run for a few kinds
+alone. A `no` without a reason has not passed yet.
 
 ```sh
 vllm-gumiho check TARGET   # by the target's config alone: can it be served and trained for, which checkpoint fits
