@@ -10,6 +10,7 @@ from places import ROOT
 from reference_page import FLAGS, KEYS, PAGE, PASSED, commands, old_names, page
 
 from vllm_gumiho.drafters import PER_REQUEST, SEEDED_TEXT
+from vllm_gumiho.drafters.draft_weights import KEY as DRAFT_WEIGHTS
 
 REQUEST = ROOT / "vllm_gumiho" / "request"
 
@@ -22,7 +23,7 @@ def test_every_key_but_our_own_is_one_of_vllms_speculative_config():
     from vllm.config import SpeculativeConfig
 
     own = {key.name for key in KEYS if key.name not in SpeculativeConfig.__dataclass_fields__}
-    assert own == {PER_REQUEST, SEEDED_TEXT}
+    assert own == {PER_REQUEST, SEEDED_TEXT, DRAFT_WEIGHTS}
 
 
 def test_every_key_that_a_request_is_asked_for_is_on_the_page():

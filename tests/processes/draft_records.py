@@ -66,6 +66,8 @@ def compare(llm: Any, record: Record, engines_features: bool = False) -> dict:
 def rounded_parts(llm: Any, weights: DraftWeights) -> frozenset[str]:
     """Parts of the draft whose products vLLM's CPU build makes of int8 inputs."""
     runner = runner_of(llm)
+    if weights == DraftWeights():
+        return frozenset()
     if runner is None:  # workers elsewhere
         return frozenset({"linear", "heads"} if weights.matrices == "int8" else ()) | (
             frozenset({"lm_head"}) if weights.lm_head == "int8" else frozenset()

@@ -27,6 +27,10 @@ FEATURES: dict[str, tuple[str, str]] = {
         DISTRIBUTION,
         "G-test of the first tokens together, 5,000 draws a setting; long form: 20,000, and 800 in V2 at T=1",
     ),
+    "8-bit draft weights": (
+        SAME,
+        "fp8 and int8, drafts those of the quantised reference; 8-bit checkpoints as they are",
+    ),
     "chunked prefill": (SAME, "prompts longer than `max_num_batched_tokens`"),
     "prefix caching": (
         SAME,

@@ -121,7 +121,7 @@ class PackedScheme(RowsScheme):
         weight_loader: Callable,
         **more: Any,
     ) -> None:
-        """Raises: ValueError where vLLM has no such kernel for this device and shape."""
+        """Raises: ValueError, NotImplementedError where vLLM has no such kernel for this device and shape."""
         rows, self.dtype_wide = sum(output_partition_sizes), more["params_dtype"]
         config = MPLinearLayerConfig(
             full_weight_shape=(more["input_size"], more["output_size"]),
@@ -132,7 +132,7 @@ class PackedScheme(RowsScheme):
             zero_points=False,
         )
         if input_size_per_partition % 4:
-            raise ValueError(f"{input_size_per_partition} columns are no whole number of int32")
+            raise NotImplementedError  # no whole number of int32
         kernel = choose_mp_linear_kernel(config)
         self.chosen = kernel(config, w_q_param_name="weight_packed", w_s_param_name="weight_scale")
         super().create_weights(layer, output_partition_sizes, input_size_per_partition, weight_loader)
@@ -241,7 +241,7 @@ class EightBitConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> EightBitConfig:
-        raise NotImplementedError("made from draft_weights alone")
+        raise NotImplementedError
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> EightBitLinearMethod | None:
         return EightBitLinearMethod(self.dtype) if isinstance(layer, LinearBase) else None

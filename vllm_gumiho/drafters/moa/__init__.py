@@ -49,7 +49,7 @@ class Moa:
 
     def round_bytes(self, sizes: Any, vocab_size: int, weights: str) -> RoundBytes:
         """Not asked: its matrices have the engine's dtype."""
-        raise NotImplementedError("bytes of a round are known for drafters that take 8-bit weights")
+        raise NotImplementedError
 
     def has_tensors(self, names: Collection[str]) -> bool:
         """By the cross-attention or the layer self-attention."""
