@@ -66,3 +66,10 @@ def test_kinds_of_target_are_kept_from_run_to_run_unless_they_fail(tmp_path):
     assert recorder.targets_of("t.py", [["gemma2", "V2"]]) == [["gemma2", "V2"], ["llama", "V1"], ["llama", "trained"]]
     recorder.failed["t.py"] = ["test_it[v2 gemma2]"]
     assert recorder.targets_of("t.py", [["gemma2", "V2"], ["gemma2 b", "V1"]])[0] == ["gemma2 b", "V1"]
+
+
+def test_the_page_of_targets_is_the_one_the_record_makes():
+    import target_list
+
+    assert target_list.PAGE.read_text() == target_list.page(), "write it again: python tests/support/target_list.py"
+    assert len(target_list.shown()) > 20

@@ -50,6 +50,11 @@ KEYS = (
         '`"confident"`: a draft ends where another token is not worth verifying. Or a number: what a row costs, as a '
         "share of a step. Runner V1, without async scheduling.",
     ),
+    Key(
+        "max_model_len",
+        READ,
+        "Longest text that is drafted for. Leave it out: in runner V1 a longer request stops its batch's drafts.",
+    ),
     Key("revision", READ, "Branch, tag or commit of a checkpoint that is fetched from the hub."),
     Key(
         "draft_sample_method",

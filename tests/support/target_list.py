@@ -22,7 +22,7 @@ NOTES = {
     "minicpm3": "the LM head reads scaled features; latent attention",
     "padded vocabulary": "more rows than tokens in use",
     "one token more": "a vocabulary of odd size",
-    "qwen2_vl": "vLLM wants torchvision, which was not there",
+    "qwen2_vl": "features and labels tested; vLLM wants torchvision, not there",
     "gpt2": "found under other names than vLLM's EAGLE looks for",
     "opt": "found under other names than vLLM's EAGLE looks for",
     "phi": "the LM head has a bias",
@@ -33,10 +33,10 @@ NOTES = {
 HEAD = """# Targets
 
 Each kind below was run as a tiny random model with {layers}, on vLLM {version} ({date}).
-A head is trained for it for two steps. An engine serves that head at K = 7, 3 and 1. The text must be the text without speculation, and every draft
-token what the equations give. The engine's features must be those that training takes, within 1e-4, and prompts are
-longer than every window. The columns name the model runners in which that passed; V2 has been run for a few kinds
-alone. A `no` without a reason has not passed yet.
+A head is trained for it for two steps, and an engine serves that head at K = 7, 3 and 1. The text must be the text
+without speculation, and every draft token what the equations give. The engine's features must be those that training
+takes, within 1e-4. Prompts are longer than every window. The columns name the model runners in which that passed; V2
+has been run for a few kinds alone.
 
 ```sh
 vllm-gumiho check TARGET   # by the target's config alone: can it be served and trained for, which checkpoint fits
@@ -91,8 +91,8 @@ def page() -> str:
     record, passed, lines = json.loads(RECORD.read_text()), shown(), []
     for name, kind in zoo.ZOO.items():
         has = passed.get(name, set())
-        trained = "yes" if "trained" in has else "no"
-        served = ", ".join(runner for runner in ("V1", "V2") if runner in has) or "no"
+        trained = "yes" if "trained" in has else "not run"
+        served = ", ".join(runner for runner in ("V1", "V2") if runner in has) or "not run"
         lines.append(f"| {name} | `{kind.model_type}` | {trained} | {served} | {NOTES.get(name, '')} |")
     head = HEAD.format(layers="2 to 6 layers", version=record["versions"]["vllm"], date=record["date"])
     return head + "\n".join(lines) + "\n" + TAIL
