@@ -282,7 +282,8 @@ def run_case(case: dict, attempts: list[str]) -> dict:
     keeps = bool(case.get("keep features"))
     facts["drafts"] = None if record is None else draft_records.compare(llm, record, keeps)
     facts["features"] = draft_records.kept_features(record) if keeps and record is not None else None
-    drafts += [] if record is None else [(text, draft.tokens) for text, draft in record.finished()]
+    if record is not None and not case.get("record features"):
+        drafts += [(text, draft.tokens) for text, draft in record.finished()]
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()

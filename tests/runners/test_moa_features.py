@@ -93,7 +93,7 @@ def test_the_drafter_is_moa_and_every_draft_is_held_to_the_equations(results):
     assert results["on"]["facts"]["draft"] == ["Eagle3MoaForCausalLM"]
     for name in ("on", "scheduling on", "schedule", "async"):
         found = results[name]["facts"]["drafts"]
-        assert found["compared"] > 100
+        assert found["compared"] > 50
         assert found["wrong"] == []
 
 
