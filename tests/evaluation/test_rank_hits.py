@@ -115,16 +115,14 @@ def test_the_choices_are_the_references_best_logits(watched):
     compared: Counter[int] = Counter()
     for choices, truth in found["seen"]:
         places = [(text, len(text) - len(truth)) for text in found["texts"] if text[len(text) - len(truth) :] == truth]
-        drafted = torch.tensor([[ranked[0] for ranked in choices]])
-        for text, length in places:
-            tokens = torch.tensor(text[:length])
-            features = model.model(tokens[None, :-1]).last_hidden_state[0]
-            (logits,) = reference.logits(tokens, features, torch.tensor([length]), drafted)
-            if (logits.argmax(-1) != drafted[0]).any():
-                continue  # another request's text that ends alike
-            for position, ranked in enumerate(choices):
-                best = logits[position].topk(RANKS).values
-                assert torch.allclose(logits[position][torch.tensor(ranked)], best, atol=1e-3)
-                compared[position] += 1
-            break
-    assert sum(compared.values()) > 0.9 * 7 * len(found["seen"]) > 100
+        if len(places) > 1:
+            continue  # requests' texts end alike: whose draft it is is not told
+        ((text, length),) = places
+        tokens, drafted = torch.tensor(text[:length]), torch.tensor([[ranked[0] for ranked in choices]])
+        features = model.model(tokens[None, :-1]).last_hidden_state[0]
+        (logits,) = reference.logits(tokens, features, torch.tensor([length]), drafted)
+        for position, ranked in enumerate(choices):
+            best = logits[position].topk(RANKS).values
+            assert torch.allclose(logits[position][torch.tensor(ranked)], best, atol=1e-3)
+            compared[position] += 1
+    assert min(compared[position] for position in range(7)) > len(found["seen"]) / 2 > 10
