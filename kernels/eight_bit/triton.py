@@ -96,9 +96,10 @@ def choose_linear_tiling(
     tiles, blocks = -(-rows // 64), -(-columns // block_k)
     wanted = max(1, min(-(-2 * processors // tiles), blocks // 4))
     each = -(-blocks // wanted)
-    # At 32 inputs a fifth tile spills on cuda:80.
+    # At 32 inputs a fifth tile spills on cuda:80, and four warps do.
     depth = 2 if amd else 5 if block_b == 16 else 4
-    return LinearTiling(64, block_b, block_k, depth, -(-blocks // each), 4, packed, native_fp8)
+    warps = 8 if block_b == 32 and not amd else 4
+    return LinearTiling(64, block_b, block_k, depth, -(-blocks // each), warps, packed, native_fp8)
 
 
 def _tiling(x: Tensor, rows: EightBitRows) -> LinearTiling:
