@@ -165,8 +165,10 @@ def test_long_texts(results, name, on):
 @pytest.mark.feature("prefix caching", "V1", "moa")
 @pytest.mark.feature("preemption and recompute", "V1", "moa")
 def test_caches(results):
-    assert_same(results, "first", "scheduling on", "scheduling off")
-    assert assert_same(results, "hit", "scheduling on", "scheduling off")["counts"]["prefix_hits"] > 0
+    # Two or three drafts of one request: none of them need be wrong.
+    assert_same(results, "first", "scheduling on", "scheduling off", rejected=False)
+    hit = assert_same(results, "hit", "scheduling on", "scheduling off", rejected=False)
+    assert hit["counts"]["prefix_hits"] > 0
     assert assert_same(results, "preemption", "scheduling on", "scheduling off")["counts"]["preemptions"] > 0
 
 
