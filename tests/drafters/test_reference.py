@@ -25,16 +25,14 @@ PROMPT = "List five things to check before renting a flat."
 
 
 @dataclass
-class DraftRows:
-    """LM head ``[V, H]`` that gives tokens which may not be drafted no chance."""
+class SomeDrafted(ReferenceDrafter):
+    """The equations, tokens that may not be drafted without a chance.  allowed bool ``[V]``."""
 
-    weight: torch.Tensor
-    allowed: torch.Tensor
+    allowed: torch.Tensor | None = None
 
-    def __matmul__(self, features: torch.Tensor) -> torch.Tensor:
-        """Features ``[H]`` or ``[H, N]``."""
-        allowed = self.allowed if features.ndim == 1 else self.allowed[:, None]
-        return (self.weight @ features).masked_fill(~allowed, -torch.inf)
+    def product(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        found = super().product(x, name)
+        return found.masked_fill(~self.allowed, -torch.inf) if name == "lm_head" else found
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +54,11 @@ def recorded(tmp_path_factory, embedded_target):
     d2t = weights.pop(D2T, torch.zeros(len(embed), dtype=torch.long))
     allowed = torch.zeros(len(embed), dtype=torch.bool)
     allowed[torch.arange(len(d2t)) + d2t] = True
-    reference = ReferenceDrafter(
+    reference = SomeDrafted(
         weights=weights,
         embed=embed,
-        lm_head=DraftRows(embed, allowed),
+        lm_head=embed,
+        allowed=allowed,
         num_heads=9,
         num_kv_heads=3,
         head_dim=64,
@@ -142,7 +141,7 @@ def test_one_training_pass_computes_every_draft_of_the_text(recorded):
     assert int(anchors.sum()) == len(records) >= 5
 
     def own_token(draft_features, true):
-        return (reference.lm_head @ draft_features.T).argmax(0)
+        return reference.product(draft_features, "lm_head").argmax(-1)
 
     with torch.no_grad():
         out = draft(

@@ -172,7 +172,7 @@ def test_the_log_says_in_one_line_what_drafts(server):
     why = re.escape("(no GPU; VLLM_GUMIHO_KERNELS=1 asks for the Triton kernels all the same)")
     assert re.search(
         rf"heads/smollm2-135m-instruct: K=7, model runner V1, heads by batched matrix products {why}, "
-        rf"argmax by logits {why}$",
+        rf"argmax by logits {why}, weights in float32 \(\d+\.\d\d MB\)$",
         lines[0],
     )
 
