@@ -160,7 +160,7 @@ class TestParallelHeads:
         z = torch.empty(2, 1, 1, 32)
         parallel_heads_kernel[(2,)](
             m, m, weights.first_weight, weights.first_bias, weights.weight, weights.bias, z, z, z, counters,
-            32, 32, 1, 1, heads.HEAD_STAGES, True, True, False, 1, 32, 1, 16, 16, 32, 1, polls,
+            32, 32, 1, 1, heads.HEAD_STAGES, True, True, False, False, 1, 32, 1, 16, 16, 32, 1, polls, 0, False,
         )  # fmt: skip
 
     @pytest.mark.parametrize(("set_before", "tries"), [(False, 50), (True, 0)])
