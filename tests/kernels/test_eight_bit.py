@@ -16,35 +16,26 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from interpreted import INTERPRETED, run_interpreted
 from torch import Tensor
 
 from vllm_gumiho.checkpoint.tensors import SCALE, quantise
 from vllm_gumiho.kernels import eight_bit
 from vllm_gumiho.kernels import lm_head_argmax as argmax
-from vllm_gumiho.kernels.device import interpreting
 from vllm_gumiho.kernels.eight_bit import EIGHT_BIT, EightBitRows, as_fnuz, dequantise_rows, quantise_rows, rows_linear
 from vllm_gumiho.kernels.eight_bit import decode as ptx
 from vllm_gumiho.kernels.eight_bit.triton import choose_linear_tiling
 from vllm_gumiho.kernels.parallel_heads import SPACING
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and interpreting()
 CODES = torch.arange(256, dtype=torch.uint8)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 class TestInNewProcess:
     __test__ = not INTERPRETED
 
     def test_under_interpreter(self):
-        command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "--no-header"]
-        run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-        assert " passed" in run.stdout
+        run_interpreted(__file__)
 
 
 class TestRows:
@@ -184,19 +175,6 @@ def assert_product(found: Tensor, x: Tensor, rows: EightBitRows, bias: Tensor | 
 
 class TestKernels:
     __test__ = INTERPRETED
-
-    @pytest.fixture
-    def poisoned(self, monkeypatch):
-        """Every fresh buffer is full of NaN, or of a number that no index may be."""
-        empty, new_empty = torch.empty, Tensor.new_empty
-
-        def poison(t: Tensor) -> Tensor:
-            if t.dtype in (torch.float32, torch.bfloat16, torch.float16):
-                return t.fill_(float("nan"))
-            return t.fill_(-(1 << 30)) if t.dtype in (torch.int32, torch.int64) else t
-
-        monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-        monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
 
     @pytest.mark.parametrize("kind", EIGHT_BIT)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

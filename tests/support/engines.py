@@ -120,6 +120,16 @@ def assert_same(results: dict, name: str, on: str = "on", off: str = "off", reje
     return drafted
 
 
+def assert_same_beginnings(off: dict, on: dict) -> list[int]:
+    """Of requests that may have been aborted: both have the same tokens as far as both go; how far that is, of each."""
+    lengths = []
+    for i, (a, b) in enumerate(zip(off["result"]["outputs"], on["result"]["outputs"], strict=True)):
+        lengths.append(min(len(a["tokens"][0]), len(b["tokens"][0])))
+        assert lengths[-1] > 0
+        assert a["tokens"][0][: lengths[-1]] == b["tokens"][0][: lengths[-1]], f"request {i}"
+    return lengths
+
+
 def cut_tokens(entry: dict) -> int:
     """Accepted tokens that were not given out, as the request ended before them in a draft.
 

@@ -58,12 +58,18 @@ def write_published(folder: Path, target: Path, **changes) -> Path:
 
 def reference(target: Path, checkpoint: Path, **changes) -> ReferenceMoa:
     """Of a tiny target and checkpoint."""
-    made, theirs = config(**changes), load_file(target / "model.safetensors")
+    theirs = load_file(target / "model.safetensors")
+    weights = load_file(checkpoint / "model.safetensors")
+    return equations(config(**changes), weights, theirs["model.embed_tokens.weight"], theirs["lm_head.weight"])
+
+
+def equations(made: MoaConfig, weights: dict[str, Tensor], embed: Tensor, lm_head: Tensor) -> ReferenceMoa:
+    """With these tensors, at a drafter's sizes."""
     draft, shape = made.draft, made.layers
     return ReferenceMoa(
-        weights=load_file(checkpoint / "model.safetensors"),
-        embed=theirs["model.embed_tokens.weight"],
-        lm_head=theirs["lm_head.weight"],
+        weights=weights,
+        embed=embed,
+        lm_head=lm_head,
         num_heads=draft.num_attention_heads,
         num_kv_heads=draft.num_key_value_heads,
         head_dim=draft.head_dim,

@@ -67,21 +67,7 @@ def text(drafter, tables, batch, features) -> Text:
 
 @pytest.fixture(scope="module")
 def reference(drafter, tables) -> ReferenceMoa:
-    draft, shape = drafter.config.draft, drafter.config.layers
-    return ReferenceMoa(
-        weights=drafter.state_dict(),
-        embed=tables[0],
-        lm_head=tables[1],
-        num_heads=draft.num_attention_heads,
-        num_kv_heads=draft.num_key_value_heads,
-        head_dim=draft.head_dim,
-        layer_heads=shape.num_heads,
-        layer_kv_heads=shape.num_key_value_heads,
-        layer_head_dim=shape.head_dim,
-        rope_theta=draft.rope_theta,
-        eps=draft.rms_norm_eps,
-        layers=LAYERS,
-    )
+    return tiny_moa.equations(drafter.config, drafter.state_dict(), *tables)
 
 
 def from_anchor(reference, batch, features, row: int, length: int, own: bool = False):

@@ -14,7 +14,7 @@ rejection sampler then gives the target's distribution, as it does for drafts of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,9 @@ from vllm_gumiho.drafters import PER_REQUEST
 
 def chances_of_greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The likeliest tokens ``[N]`` and their probabilities ``[N]`` float32, of logits ``[N, V]``."""
-    best, tokens = logits.float().max(dim=-1)
-    return tokens, (best - logits.float().logsumexp(dim=-1)).exp()
+    logits = logits.float()
+    best, tokens = logits.max(dim=-1)
+    return tokens, (best - logits.logsumexp(dim=-1)).exp()
 
 
 def chances_of_drawn(probs: Tensor, tokens: Tensor, greedy: Tensor) -> Tensor:
@@ -62,13 +63,13 @@ class DraftLengths:
     """Collects the chances of a step's draft tokens, and says how many of each draft are sent."""
 
     row_cost: float
-    _chances: list[Tensor]
+    _chances: list[Tensor] = field(default_factory=list)
 
     @staticmethod
     def asked_for(vllm_config: Any) -> DraftLengths | None:
         """None where every draft has the same length."""
         cost = getattr(vllm_config.speculative_config.draft_model_config.hf_config, PER_REQUEST, None)
-        return None if cost is None else DraftLengths(cost, [])
+        return None if cost is None else DraftLengths(cost)
 
     def begin(self) -> None:
         """A new step."""
