@@ -149,6 +149,7 @@ def test_ngram_is_judged_and_a_planted_difference_is_named(judged, folder, off):
     assert run["mean"]["draft_tokens"] >= run["mean"]["drafts"]
 
 
+@pytest.mark.long
 def test_an_eagle_folder_is_judged_and_runs_its_own_baseline(judged, folder, embedded_target, off):
     """The bundled head's first layer, in vLLM's own EAGLE format; a poor drafter, but a lossless one."""
     eagle = folder / "eagle"

@@ -37,6 +37,10 @@ def dry_run(folder, *names: str) -> dict:
     return json.loads((folder / command.REPORT).read_text())["parts"]
 
 
+def long(name: str) -> object:
+    return pytest.param(name, marks=pytest.mark.long)
+
+
 @pytest.mark.parametrize("name", ["heads kernel", "argmax kernel", "speed of kernels"])
 def test_kernels_in_the_interpreter(tmp_path, name):
     part = dry_run(tmp_path, name)[name]
@@ -50,9 +54,7 @@ def test_kernels_in_the_interpreter(tmp_path, name):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    "name", ["V1 eager", "V1 graphs", "V2 eager", pytest.param("V2 graphs", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("name", ["V1 graphs", *(long(name) for name in ("V1 eager", "V2 eager", "V2 graphs"))])
 def test_engines_on_the_cpu(tmp_path, name):
     part = dry_run(tmp_path, name)[name]
     assert (part["state"], part["problems"]) == (HOLDS, [])
@@ -62,7 +64,8 @@ def test_engines_on_the_cpu(tmp_path, name):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", ["tensor parallel 2", pytest.param("speed of engines", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["tensor parallel 2", "speed of engines"])
 def test_ranks_and_speed_on_the_cpu(tmp_path, name):
     part = dry_run(tmp_path, name)[name]
     assert (part["state"], part["problems"]) == (HOLDS, [])

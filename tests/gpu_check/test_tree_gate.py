@@ -14,6 +14,7 @@ BASE, FREE = 5.2, 100
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_the_dry_run_times_every_cell(tmp_path, capsys):
     tree_gate(output=tmp_path, dry_run=True)
     report = json.loads((tmp_path / "report.json").read_text())

@@ -32,8 +32,8 @@ def assert_tokens(found: argmax.TopToken, rows: Tensor, weight: Tensor, size: in
 class TestInNewProcess:
     __test__ = not INTERPRETED
 
-    def test_under_interpreter(self):
-        run_interpreted(__file__)
+    def test_under_interpreter(self, pytestconfig):
+        run_interpreted(__file__, pytestconfig)
 
 
 class TestLmHeadArgmax:

@@ -34,8 +34,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 class TestInNewProcess:
     __test__ = not INTERPRETED
 
-    def test_under_interpreter(self):
-        run_interpreted(__file__)
+    def test_under_interpreter(self, pytestconfig):
+        run_interpreted(__file__, pytestconfig)
 
 
 class TestRows:

@@ -43,8 +43,8 @@ def assert_heads(z: Tensor, m: Tensor, weights: heads.HeadWeights) -> None:
 class TestInNewProcess:
     __test__ = not INTERPRETED
 
-    def test_under_interpreter(self):
-        run_interpreted(__file__)
+    def test_under_interpreter(self, pytestconfig):
+        run_interpreted(__file__, pytestconfig)
 
 
 class TestParallelHeads:
@@ -62,7 +62,7 @@ class TestParallelHeads:
 
     @pytest.mark.parametrize(("n", "hidden", "batch", "dtype"), [
         (1, 576, 3, torch.bfloat16), (1, 576, 17, torch.float16), (1, 1536, 1, torch.bfloat16),
-        (1, 576, 1, torch.float32),
+        pytest.param(1, 576, 1, torch.float32, marks=pytest.mark.long),
     ])  # fmt: skip
     def test_sizes_of_real_models(self, poisoned, n, hidden, batch, dtype):
         weights, m = head_weights(n, hidden, 2, dtype), torch.randn(batch, 2 * hidden).to(dtype)
