@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from draft_check import Draft, Record, check
+from release import watermark_contexts
 from torch import Tensor
 
 from vllm_gumiho.drafters import drafter_of
@@ -53,7 +54,7 @@ def compare(llm: Any, record: Record, engines_features: bool = False) -> dict:
     weights = DraftWeights.of(config.speculative_config.draft_model_config.hf_config)
     return check(
         record,
-        Path(config.model_config.model),
+        in_a_folder(config.model_config.model),
         Path(config.speculative_config.draft_model_config.hf_config.gumiho_checkpoint),
         config.model_config.max_model_len,
         exact=config.model_config.dtype == torch.float32,
@@ -61,6 +62,13 @@ def compare(llm: Any, record: Record, engines_features: bool = False) -> dict:
         weights=weights,
         rounded=rounded_parts(llm, weights),
     )
+
+
+def in_a_folder(model: str) -> Path:
+    """A target given by name lies in the hub's cache."""
+    from huggingface_hub import snapshot_download  # reads HF_HUB_OFFLINE at its import
+
+    return Path(model if Path(model).is_dir() else snapshot_download(model, local_files_only=True))
 
 
 def rounded_parts(llm: Any, weights: DraftWeights) -> frozenset[str]:
@@ -163,7 +171,7 @@ def _hold_watermark(speculator: Any, row: int, record: Record, name: str, tokens
     """After a draft, its watermark goes on from the newest tokens of this request, drafted ones included."""
     if speculator.draft_watermarker is None:
         return
-    context = speculator.draft_watermarker.contexts[row].tolist()
+    context = watermark_contexts(speculator.draft_watermarker)[row].tolist()
     newest = [*record.texts[name], *tokens][-len(context) :]
     if context != newest:
         record.wrong.append(f"request {name}: the watermark goes on from {context}, not {newest}")

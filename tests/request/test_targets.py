@@ -6,6 +6,7 @@ import json
 import logging
 
 import pytest
+import release
 import zoo
 from fakes import fake_target, rewritten
 from tiny import drafter_tensors, write_released
@@ -112,7 +113,6 @@ PATTERNS = [
 def test_torn_drafts_are_told_as_vllm_groups_layers(kinds):
     """Fault C: held to vLLM's own grouping of the target's layers and two of the draft's."""
     import torch
-    from vllm.v1.core import kv_cache_utils
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
     size = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
@@ -122,8 +122,7 @@ def test_torn_drafts_are_told_as_vllm_groups_layers(kinds):
     if len(set(kinds) | {FULL}) == 1:
         torn = False
     else:
-        groups = kv_cache_utils._get_kv_cache_groups_uniform_page_size(layers)
-        torn = sum(bool(drafts & set(group.layer_names)) for group in groups) > 1
+        torn = sum(bool(drafts & group) for group in release.layer_groups(layers)) > 1
     config = zoo.config_of(zoo.ZOO["gemma3 full"])
     config.layer_types, config.num_hidden_layers = kinds, len(kinds)
     assert tears_drafts_apart(config, 2) == torn

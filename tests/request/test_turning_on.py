@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import tiny
 from engines import GREEDY, UNEQUAL_PROMPTS, case, run_engines
+from release import VERIFIER_BY_NAME
 from safetensors.torch import save_file
 
 from vllm_gumiho.drafters.checkpoints import save_speculators
@@ -20,27 +23,37 @@ WAYS = (
     "method alone",
     "word as model",
     "speculative_model",
-    "verifier",
+    "verifier by name",
+    *([] if VERIFIER_BY_NAME else ["verifier"]),
 )
+NAMED = "tiny/target"
 
 
-@pytest.fixture(scope="module")
-def speculators_checkpoint(tmp_path_factory, tiny_target):
-    folder = tmp_path_factory.mktemp("speculators")
-    layer = tiny.target_config()
-    save_speculators(folder, tiny.drafter_tensors(), str(tiny_target), layer)
+def speculators_checkpoint(folder: Path, target: str) -> Path:
+    save_speculators(folder, tiny.drafter_tensors(), target, tiny.target_config())
+    return folder
+
+
+def in_hub_cache(folder: Path, name: str, model: Path) -> Path:
+    """A cache of a model hub in which a model of this name has been fetched."""
+    repository = folder / f"models--{name.replace('/', '--')}"
+    shutil.copytree(model, repository / "snapshots" / "1")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1")
     return folder
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, tiny_target, tiny_checkpoint, speculators_checkpoint):
+def results(tmp_path_factory, tiny_target, tiny_checkpoint):
     eagle = tmp_path_factory.mktemp("eagle")
     (eagle / "config.json").write_text(json.dumps(tiny.target_config(num_hidden_layers=1, intermediate_size=48)))
-    own = ("fc.weight", "layers.0.")
-    save_file({n: t for n, t in tiny.drafter_tensors().items() if n.startswith(own)}, eagle / "model.safetensors")
+    first = ("fc.weight", "layers.0.")
+    save_file({n: t for n, t in tiny.drafter_tensors().items() if n.startswith(first)}, eagle / "model.safetensors")
     empty = tmp_path_factory.mktemp("empty")
     wrong = tiny.write_released(tmp_path_factory.mktemp("wrong"), tiny.drafter_tensors(hidden_size=128))
     checkpoint = str(tiny_checkpoint)
+    own = tmp_path_factory.mktemp("speculators")
+    hub = in_hub_cache(tmp_path_factory.mktemp("hub"), NAMED, tiny_target)
 
     def tiny_case(speculative=None, model=tiny_target, **llm):
         return case(model, speculative, CALLS, **llm)
@@ -53,7 +66,8 @@ def results(tmp_path_factory, tiny_target, tiny_checkpoint, speculators_checkpoi
         "method alone": tiny_case({"method": "gumiho"}),
         "word as model": tiny_case(spec_model="gumiho"),
         "speculative_model": tiny_case(speculative_model="gumiho") | {"import_first": True},
-        "verifier": tiny_case(model=speculators_checkpoint),
+        "verifier": tiny_case(model=speculators_checkpoint(own / "folder", str(tiny_target))),
+        "verifier by name": tiny_case(model=speculators_checkpoint(own / "name", NAMED)),
         "eagle": tiny_case({"method": "eagle", "model": str(eagle), "num_speculative_tokens": 3}),
         "too many": tiny_case({"method": "gumiho", "model": checkpoint, "num_speculative_tokens": 8}),
         "wrong target": tiny_case({"method": "gumiho", "model": str(wrong)}),
@@ -63,7 +77,8 @@ def results(tmp_path_factory, tiny_target, tiny_checkpoint, speculators_checkpoi
         "ngram": tiny_case({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}),
     }
     pairs = json.dumps({str(tiny_target): checkpoint})
-    return run_engines(tmp_path_factory.mktemp("on"), "v1", cases, {"VLLM_GUMIHO_CHECKPOINTS": pairs})
+    environment = {"VLLM_GUMIHO_CHECKPOINTS": pairs, "HF_HUB_CACHE": str(hub)}
+    return run_engines(tmp_path_factory.mktemp("on"), "v1", cases, environment)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -75,7 +90,11 @@ def test_each_way_drafts_with_gumiho_and_keeps_the_text(results, way):
 
 
 def test_a_speculators_checkpoint_served_by_itself_brings_its_target(results, tiny_target):
-    assert results["verifier"]["model"] == str(tiny_target)
+    assert results["verifier by name"]["model"] == NAMED
+    if VERIFIER_BY_NAME:
+        assert "Select local verifiers explicitly with --model and --speculative-config" in results["verifier"]["error"]
+    else:
+        assert results["verifier"]["model"] == str(tiny_target)
 
 
 @pytest.mark.feature("n-gram and EAGLE speculation, and none", "V1")

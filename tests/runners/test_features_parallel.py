@@ -11,6 +11,7 @@ import predictable
 import pytest
 from engines import CORES, assert_same, generate, greedy, gumiho, pair, run, step, tokens
 from places import PROCESSES
+from release import MEMORY_NODES
 
 pytestmark = pytest.mark.engine
 PROMPTS = ["The quick brown", "12 ", "abc", "{}[]!"]
@@ -66,7 +67,7 @@ def test_data_parallel(tmp_path, models, off):
     job.write_text(json.dumps({"llm": settings, "prompts": prompts, "max_tokens": 24}))
     done = subprocess.run(
         [sys.executable, str(PROCESSES / "data_parallel_main.py"), str(job), str(result)],
-        env=os.environ | CORES,
+        env=os.environ | CORES | MEMORY_NODES,
         capture_output=True,
         text=True,
         timeout=600,

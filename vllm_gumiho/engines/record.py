@@ -45,7 +45,8 @@ def _watch_speculator(runner: Any, add: Add) -> None:
         found = propose(input_batch, *args, **kwargs)
         num_sampled = args[4]
         for row, slot in enumerate(input_batch.idx_mapping.tolist()):
-            if num_sampled[row] > 0:  # else more of its prompt is to come
+            # Else more of its prompt is to come; from vLLM 0.33 on, a step after which no request goes on has no draft.
+            if num_sampled[row] > 0 and int(found[row][0]) >= 0:
                 text = states.all_token_ids.gpu[slot, : int(states.total_len.gpu[slot])]
                 add(input_batch.req_ids[row], text.tolist(), found[row].tolist(), row)
         return found
