@@ -67,7 +67,7 @@ def test_data_parallel(tmp_path, models, off):
     job.write_text(json.dumps({"llm": settings, "prompts": prompts, "max_tokens": 24}))
     done = subprocess.run(
         [sys.executable, str(PROCESSES / "data_parallel_main.py"), str(job), str(result)],
-        env=os.environ | CORES | MEMORY_NODES,
+        env=os.environ | (MEMORY_NODES or CORES),
         capture_output=True,
         text=True,
         timeout=600,

@@ -10,7 +10,7 @@ NEXT = not str(vllm_version()).startswith("0.32")
 HASHES_LOOK_AHEAD = NEXT
 # A speculators checkpoint that is served by itself names its target in a hub, not in a folder.
 VERIFIER_BY_NAME = NEXT
-# Data-parallel engines want a memory node each, of which a small machine has one: vLLM's own switch for its tests.
+# Data-parallel engines want a memory node each, of which a small machine has one: vLLM's own switch, which binds cores.
 MEMORY_NODES = {"VLLM_CPU_SIM_MULTI_NUMA": "1"} if NEXT else {}
 
 
