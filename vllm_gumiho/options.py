@@ -33,9 +33,17 @@ EvaluationPrompts = Annotated[
 ]
 
 
-def option(default: Any = dataclasses.MISSING, help: str = "", name: str | None = None) -> Any:
-    """A dataclass field that is an option.  name: of the option, by default the field's; a flag may be ``--a/--b``."""
-    metadata = {"help": help, "name": name}
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    name: str | None = None,
+    parser: Callable[[str], Any] | None = None,
+) -> Any:
+    """A dataclass field that is an option.  name: of the option, by default the field's; a flag may be ``--a/--b``.
+
+    parser: makes a value of what is written, where that is not the field's type's own affair.
+    """
+    metadata = {"help": help, "name": name, "parser": parser}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -83,13 +91,13 @@ def _as_field(hint: Any, value: Any) -> Any:
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     """A typer parameter for a field: lists for what repeats, None where nothing is given."""
-    default = field.default
+    default, parser = field.default, field.metadata["parser"]
     if _repeats(hint):
         required = default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        hint = list[typing.get_args(hint)[0]]  # type: ignore[misc]
+        hint = list[typing.get_args(hint)[0] if parser is None else str]  # type: ignore[misc]
         hint, default = (hint, dataclasses.MISSING) if required else (hint | None, None)
     names = [field.metadata["name"]] if field.metadata["name"] else []
-    annotation = Annotated[hint, typer.Option(*names, help=field.metadata["help"])]
+    annotation = Annotated[hint, typer.Option(*names, help=field.metadata["help"], parser=parser)]
     empty = inspect.Parameter.empty
     return inspect.Parameter(
         field.name,

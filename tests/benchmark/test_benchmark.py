@@ -83,6 +83,13 @@ def test_the_grid_has_every_method_and_k_and_the_prompts_as_a_dataset(embedded_t
     assert [json.loads(line)["prompt"] for line in dataset.read_text().splitlines()] == ["one", "three"]
 
 
+def test_auto_is_a_variant_of_our_drafters_alone(embedded_target, tmp_path):
+    asked = Settings(target=str(embedded_target), num_speculative_tokens=(3, "auto"))
+    made = make_grid(asked, tmp_path / "out")
+    assert [one.label for one in made.variants] == ["off", "ngram K=3", "gumiho K=3", "gumiho K=auto"]
+    assert made.variants[-1].speculative["num_speculative_tokens"] == "auto"
+
+
 def test_other_weights_or_prompts_are_other_settings_and_more_repeats_are_not(embedded_target, tmp_path):
     prompts = tmp_path / "asked.jsonl"
     identities = []

@@ -21,7 +21,7 @@ class Engine:
     def __init__(self, seconds: float, accepted: int = 0, wrong: int | None = None):
         self.seconds, self.accepted, self.wrong = seconds, accepted, wrong
         self.asked: list[list[int]] = []
-        self.started = {"vllm": "0.32.0", "model_runner": "V1"}
+        self.started = {"vllm": "0.32.0", "model_runner": "V1", "draft_length": 7}
 
     def ask(self, do: str, **given):
         if do == "begin":
@@ -71,7 +71,7 @@ def test_engines_take_turns_over_all_questions(terminal):
 
 def test_the_report_and_what_is_said_of_it():
     found, _ = rounds(Engine(0.2), Engine(0.125, accepted=20))
-    report = chat._report(found, 7, Engine(0).started, equal=True)
+    report = chat._report(found, Engine(0).started, equal=True)
     first = report["rounds"]["1"]
     assert first["speedup"] == pytest.approx(1.6)
     assert (first["sent"], first["accepted"], first["tokens_per_pass"]) == (40, 20, 2.0)
@@ -98,7 +98,7 @@ def test_why_it_is_not_faster(speedups, words):
 
 def test_other_texts_are_said_loudly():
     found, _ = rounds(Engine(0.2), Engine(0.1, wrong=3))
-    assert "OTHER TEXTS" in in_words(chat._report(found, 7, Engine(0).started, equal=False))
+    assert "OTHER TEXTS" in in_words(chat._report(found, Engine(0).started, equal=False))
 
 
 @pytest.mark.long

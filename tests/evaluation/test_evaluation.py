@@ -17,6 +17,7 @@ from vllm_gumiho.errors import EvalError, FigureError
 from vllm_gumiho.evaluation import plot
 from vllm_gumiho.evaluation.baseline import Identity, load, pack
 from vllm_gumiho.evaluation.metrics import differences, mean_over_sets
+from vllm_gumiho.evaluation.report import run_title
 from vllm_gumiho.evaluation.sets import fit, read_sets
 
 BIN = Path(sys.executable).parent
@@ -57,6 +58,17 @@ def test_without_drafts_every_step_makes_one_token():
         "conditional_accuracy_per_position": [None, None],
     }
     assert counted([1, 2]) - Counts() == counted([1, 2])
+
+
+def test_of_auto_the_positions_are_those_that_the_engine_counts():
+    assert (
+        acceptance(counted([3, 1]), "auto")["acceptance_per_position"]
+        == acceptance(counted([3, 1]), K)["acceptance_per_position"]
+    )
+    assert acceptance(Counts(), "auto")["acceptance_per_position"] == []
+    run = {"method": "gumiho", "num_speculative_tokens": 2, "temperature": 0.0}
+    asked = {"speculative_config": {"num_speculative_tokens": "auto"}}
+    assert (run_title(run), run_title(run | asked)) == ("gumiho K=2 T=0", "gumiho K=auto T=0")
 
 
 def test_counters_are_those_of_vllms_names_summed_over_engines():

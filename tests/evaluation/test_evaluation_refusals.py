@@ -72,6 +72,8 @@ def test_a_wrong_set_is_named_by_file_and_line(refused, prompts, content, messag
         ({"num_speculative_tokens": (8,)}, "num_speculative_tokens=8 .* give a whole number from 1 to 7"),
         ({"num_speculative_tokens": (3, 0)}, "--num-speculative-tokens 0: give whole numbers from 1"),
         ({"num_speculative_tokens": (3, 3)}, "a value is given twice"),
+        ({"num_speculative_tokens": ("auto",), "method": "ngram"}, "auto does not go with method 'ngram'"),
+        ({"num_speculative_tokens": (3, "auto"), "rank_hits": True}, "auto does not go with --rank-hits"),
         ({"num_speculative_tokens": (3,), "method": "none"}, "goes with a method that drafts"),
         ({"temperatures": (-1.0,)}, "--temperature -1.0: give 0"),
         ({"temperatures": (float("nan"),)}, "--temperature nan: give 0"),

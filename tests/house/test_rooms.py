@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "plugin": "drafters engines errors request tuning",
     "training": "checkpoint drafters engines env errors figures files options version",
     "evaluation": "checkpoint drafters engines env errors figures files options plugin request",
-    "benchmark": "drafters engines env errors evaluation figures files options",
+    "benchmark": "drafters engines env errors evaluation figures files options request",
     "demo": "drafters engines files options request",
     "gpu_check": "benchmark drafters engines env errors files kernels",
     "cli": "benchmark demo drafters engines env errors evaluation gpu_check options plugin request training tuning",

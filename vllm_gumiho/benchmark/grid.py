@@ -20,10 +20,10 @@ from vllm_gumiho.files import sha256_of
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to decode: a method, its K (0 without speculation) and vLLM's speculative config for it."""
+    """One way to decode: a method, its K (0 without speculation) or "auto", and vLLM's speculative config for it."""
 
     method: str
-    length: int = 0
+    length: int | str = 0
     speculative: dict[str, Any] | None = None
 
     @property

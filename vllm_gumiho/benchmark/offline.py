@@ -53,7 +53,7 @@ def warm(llm: Any, request_args: list[str]) -> None:
     _generate(llm, _requests(llm, asked)[:1], asked, 1, WARM_TOKENS)
 
 
-def cell(llm: Any, request_args: list[str], concurrency: int, length: int, profile_steps: int) -> dict[str, Any]:
+def cell(llm: Any, request_args: list[str], concurrency: int, length: int | str, profile_steps: int) -> dict[str, Any]:
     """Figures of one cell; times of a step's parts where ``profile_steps`` are asked for."""
     asked = parse_request_args(request_args)
     requests = _requests(llm, asked)
@@ -62,7 +62,9 @@ def cell(llm: Any, request_args: list[str], concurrency: int, length: int, profi
     return {"concurrency": concurrency, "model_runner": engine_facts(llm)["model_runner"], **done, "step_ms": steps}
 
 
-def measure(llm: Any, requests: list[Any], asked: argparse.Namespace, concurrency: int, length: int) -> dict[str, Any]:
+def measure(
+    llm: Any, requests: list[Any], asked: argparse.Namespace, concurrency: int, length: int | str
+) -> dict[str, Any]:
     """Figures of one cell: tokens/s, percentiles in ms over requests, acceptance and the answers' digests."""
     import numpy as np
 

@@ -69,7 +69,7 @@ def commands(grid: Grid, variant: Variant) -> list[str]:
     return [shlex.join(command) for command in (start, *asks)]
 
 
-def read_result(result: dict[str, Any], length: int) -> dict[str, Any]:
+def read_result(result: dict[str, Any], length: int | str) -> dict[str, Any]:
     """Figures of one cell out of the client's result; the same names as offline cells have.
 
     Raises: BenchError when a request failed, as figures over the others would flatter.
@@ -82,6 +82,7 @@ def read_result(result: dict[str, Any], length: int) -> dict[str, Any]:
         raise BenchError(f"{result['failed']} of {total} requests failed: {said}")
     drafts = result.get("spec_decode_num_drafts", 0)
     positions = result.get("spec_decode_per_position_acceptance_rates", [])
+    most = length if isinstance(length, int) else len(positions)
     return {
         "requests": result["completed"],
         "output_tokens": result["total_output_tokens"],
@@ -93,7 +94,7 @@ def read_result(result: dict[str, Any], length: int) -> dict[str, Any]:
         "accepted_tokens": result.get("spec_decode_accepted_tokens", 0),
         # A server that has not drafted yet shows no counters, and the client then reports none.
         "acceptance_length": result.get("spec_decode_acceptance_length") if length else 1.0,
-        "acceptance_per_position": [*positions, *[0.0] * length][:length] if drafts or not length else None,
+        "acceptance_per_position": [*positions, *[0.0] * most][:most] if drafts or not length else None,
         "step_ms": None,
         "answers": [hashlib.sha256(text.encode()).hexdigest()[:12] for text in result["generated_texts"]],
     }

@@ -9,6 +9,7 @@ from typing import Any
 from vllm_gumiho.drafters import DEFAULT, DRAFTERS
 from vllm_gumiho.errors import BenchError
 from vllm_gumiho.options import CONCURRENCY, TARGET, TOKENS, option
+from vllm_gumiho.request.lengths import AUTO, length_option
 
 METHODS = ("none", "ngram", "eagle", *DRAFTERS)
 MODES = ("offline", "server")
@@ -37,7 +38,9 @@ class Settings:
     )
     checkpoint: str | None = option(None, "Draft checkpoint of our methods; by default the target's known one.")
     eagle_checkpoint: str | None = option(None, "EAGLE checkpoint; without one no EAGLE.")
-    num_speculative_tokens: tuple[int, ...] = option((3, 7), f"{TOKENS[:-1]}; repeat.  Default: 3 and 7.")
+    num_speculative_tokens: tuple[int | str, ...] = option(
+        (3, 7), f"{TOKENS[:-1]}, or {AUTO}; repeat.  Default: 3 and 7.", parser=length_option
+    )
     modes: tuple[str, ...] = option(MODES, "'offline' or 'server'; repeat.  Default: both.", "--mode")
     concurrency: tuple[int, ...] = option((1, 4, 16), f"{CONCURRENCY[:-1]}; repeat.  Default: 1, 4 and 16.")
     prompts: Path | None = option(
@@ -70,10 +73,10 @@ def check(settings: Settings) -> None:
         values = getattr(settings, name)
         if len(set(values)) < len(values):
             raise BenchError(f"--{name.rstrip('s').replace('_', '-')}: a value is given twice: {list(values)}")
-    for name in ("concurrency", "num_speculative_tokens"):
+    for name, word in (("concurrency", ""), ("num_speculative_tokens", f", or {AUTO}")):
         values = getattr(settings, name)
-        if not values or min(values) < 1:
-            raise BenchError(f"--{name.replace('_', '-')} {list(values)}: give whole numbers from 1")
+        if not values or any(isinstance(value, int) and value < 1 for value in values):
+            raise BenchError(f"--{name.replace('_', '-')} {list(values)}: give whole numbers from 1{word}")
     for name in ("num_prompts", "output_len", "repeats"):
         if getattr(settings, name) < 1:
             raise BenchError(f"--{name.replace('_', '-')} {getattr(settings, name)}: give a whole number from 1")

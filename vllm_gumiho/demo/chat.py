@@ -19,7 +19,7 @@ from vllm_gumiho.engines.prompts import QUESTIONS
 from vllm_gumiho.engines.target import find_target
 from vllm_gumiho.files import check_writable, write_json
 from vllm_gumiho.request.catalogue import checkpoint_for, local_path
-from vllm_gumiho.request.lengths import draft_length
+from vllm_gumiho.request.lengths import AUTO, draft_length
 from vllm_gumiho.request.per_request import CONFIDENT
 
 TASKS = "vllm_gumiho.demo.tasks"
@@ -32,7 +32,7 @@ SLICE_S = 0.2
 def run_demo(
     target: str,
     checkpoint: str,
-    num_speculative_tokens: int,
+    num_speculative_tokens: int | str,
     max_tokens: int,
     concurrencies: tuple[int, ...],
     output: Path,
@@ -47,7 +47,8 @@ def run_demo(
     with console.status("looking for the target"):
         target = find_target(target)
     opened = open_checkpoint(local_path(checkpoint_for(checkpoint, target)))
-    draft_length(num_speculative_tokens, opened)
+    if num_speculative_tokens != AUTO:
+        draft_length(num_speculative_tokens, opened)
     settings: dict[str, Any] = {
         "model": target,
         "max_model_len": 1024,
@@ -58,7 +59,7 @@ def run_demo(
         "enable_prefix_caching": False,
     }
     speculative = {"method": opened.drafter.name, "model": checkpoint, "num_speculative_tokens": num_speculative_tokens}
-    if on_cpu():
+    if on_cpu() and num_speculative_tokens != AUTO:
         speculative[PER_REQUEST] = CONFIDENT
     log = output.with_suffix(".log")
     log.unlink(missing_ok=True)
@@ -75,7 +76,7 @@ def run_demo(
             for number in range(len(QUESTIONS))
             if runs[OFF].tokens[number] != runs[ON].tokens[number]
         ]
-        report = _report(rounds, num_speculative_tokens, engines[ON].started, not different)
+        report = _report(rounds, engines[ON].started, not different)
         report = {"target": target, "checkpoint": checkpoint, "speculative_config": speculative} | report
         write_json(output, report)
         first = rounds[concurrencies[0]]
@@ -107,7 +108,7 @@ def _round(engines: dict[str, Worker], at_once: int, max_tokens: int, console: C
     return runs
 
 
-def _report(rounds: dict[int, dict[str, Run]], most: int, started: dict[str, Any], equal: bool) -> dict[str, Any]:
+def _report(rounds: dict[int, dict[str, Run]], started: dict[str, Any], equal: bool) -> dict[str, Any]:
     """Figures of all rounds.  Drafts end by request: there is no share of them that was accepted at a position."""
     found = {}
     for at_once, runs in rounds.items():
@@ -126,7 +127,7 @@ def _report(rounds: dict[int, dict[str, Run]], most: int, started: dict[str, Any
     return {
         "vllm_version": started["vllm"],
         "model_runner": started["model_runner"],
-        "num_speculative_tokens": most,
+        "num_speculative_tokens": started["draft_length"],
         "prompts": len(QUESTIONS),
         "outputs_equal": equal,
         "rounds": found,

@@ -9,14 +9,15 @@ import typer
 from rich.console import Console
 
 from vllm_gumiho.options import CONCURRENCY, TARGET, TOKENS, CheckpointOption
+from vllm_gumiho.request.lengths import AUTO, length_option
 
 
 def demo(
     target: Annotated[str, typer.Option(help=TARGET)] = "smollm2",
     checkpoint: CheckpointOption = "gumiho",
-    num_speculative_tokens: Annotated[int, typer.Option(help=TOKENS)] = 7,
+    num_speculative_tokens: Annotated[str, typer.Option(help=f"{TOKENS[:-1]}, or {AUTO}.", parser=length_option)] = "7",
     max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 96,
-    concurrency: Annotated[int, typer.Option(help=f"{CONCURRENCY} in the second round; the first has one.")] = 4,
+    concurrency: Annotated[int, typer.Option(help=f"{CONCURRENCY[:-1]} in the second round; the first has one.")] = 4,
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON report to write.")] = Path("out/demo.json"),
 ) -> None:
     """Chat with and without Gumiho, compare texts and speed.  Exit code 1 if a text differs."""

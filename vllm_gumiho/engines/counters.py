@@ -47,12 +47,15 @@ def read_counts(metrics: Iterable[Any]) -> Counts:
     return Counts(**sums, accepted_per_position=tuple(per_position))
 
 
-def acceptance(counts: Counts, num_speculative_tokens: int) -> dict[str, Any]:
+def acceptance(counts: Counts, num_speculative_tokens: int | str) -> dict[str, Any]:
     """Figures of one set.  Without any draft each step made one token: acceptance length 1, nothing accepted.
 
+    num_speculative_tokens: "auto" for as many positions as the engine counts.
     Conditional accuracy is None where no draft was accepted up to the position before.
     """
-    accepted = [*counts.accepted_per_position, *[0] * num_speculative_tokens][:num_speculative_tokens]
+    accepted = list(counts.accepted_per_position)
+    if isinstance(num_speculative_tokens, int):
+        accepted = [*accepted, *[0] * num_speculative_tokens][:num_speculative_tokens]
     reached = [counts.drafts, *accepted]
     return {
         "acceptance_length": 1 + ratio(counts.accepted_tokens, counts.drafts),

@@ -68,7 +68,7 @@ def judge(settings: Settings, console: Console) -> dict[str, Any]:
                 f"{name}: {len(refused)} prompts do not fit and are left out: {', '.join(refused)}", markup=False
             )
 
-    engines: list[tuple[str, int, tuple[float, ...]]] = [
+    engines: list[tuple[str, int | str, tuple[float, ...]]] = [
         (settings.method, length, settings.temperatures) for length in drafter.lengths
     ]
     if off is None and settings.method != "none" and 0 in settings.temperatures and not settings.rank_hits:
@@ -138,6 +138,7 @@ def _run(
         console.status(f"{run_title(facts)}: engine running"),
         Worker(TASKS, job, f"{run_title(facts)}: the engine", environment=environment) as engine,
     ):
+        facts = facts | {"num_speculative_tokens": engine.started["draft_length"]}  # "auto" is a number now
         engine.ask("warm", prompts=next(iter(asked.values()))[:1])
         for temperature in temperatures:
             run = {**facts, "temperature": temperature, "engine": engine.started, "sets": {}}

@@ -11,7 +11,7 @@ from vllm_gumiho.drafters import DRAFTERS
 from vllm_gumiho.drafters.checkpoints import drafter_in, open_checkpoint
 from vllm_gumiho.files import sha256_of
 from vllm_gumiho.request.catalogue import check_named, checkpoint_for, local_path
-from vllm_gumiho.request.lengths import draft_length
+from vllm_gumiho.request.lengths import AUTO, draft_length
 
 DEFAULT_K = 7
 # N-grams of two to five tokens are looked up; vLLM's own default, five only, finds little in short chats.
@@ -23,29 +23,31 @@ class Drafter:
     """Where the draft weights are (None for methods without any) and the draft lengths asked for."""
 
     path: Path | None
-    lengths: tuple[int, ...]
+    lengths: tuple[int | str, ...]
 
 
-def find_drafter(method: str, checkpoint: str | None, lengths: tuple[int, ...], target: str) -> Drafter:
-    """The checkpoint on this machine, and lengths that it can draft.
+def find_drafter(method: str, checkpoint: str | None, lengths: tuple[int | str, ...], target: str) -> Drafter:
+    """The checkpoint on this machine, and lengths that it can draft.  "auto" is of our drafters alone.
 
     Raises: CheckpointError for a target without a known checkpoint, one that is none or another drafter's, or a
     K out of range.
     """
     if method == "none":
         return Drafter(None, (0,))
+    numbers = tuple(length for length in lengths if length != AUTO) or (DEFAULT_K,)
     if method == "ngram":
-        return Drafter(None, lengths or (DEFAULT_K,))
+        return Drafter(None, numbers)
     path = local_path(checkpoint_for(checkpoint, target, method))
     if method in DRAFTERS or drafter_in(path) is not None:
         opened = open_checkpoint(path)
         check_named(str(path), opened.drafter, method)
-        return Drafter(path, tuple(draft_length(length, opened) for length in lengths or (None,)))
+        asked = lengths or (None,)
+        return Drafter(path, tuple(AUTO if one == AUTO else draft_length(one, opened) for one in asked))
     weight_files(path)
-    return Drafter(path, lengths or (DEFAULT_K,))
+    return Drafter(path, numbers)
 
 
-def speculative_config(method: str, drafter: Drafter, length: int) -> dict[str, Any] | None:
+def speculative_config(method: str, drafter: Drafter, length: int | str) -> dict[str, Any] | None:
     """vLLM's speculative config for one engine of the grid; None without speculation."""
     if method == "none":
         return None

@@ -8,10 +8,15 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from vllm_gumiho.request.lengths import AUTO, TOKENS
+
 
 def run_title(run: dict[str, Any]) -> str:
     """Method, K and (of a finished run) temperature."""
-    title = "no speculation" if run["method"] == "none" else f"{run['method']} K={run['num_speculative_tokens']}"
+    asked = run["num_speculative_tokens"]
+    if (run.get("speculative_config") or {}).get(TOKENS) == AUTO:
+        asked = AUTO
+    title = "no speculation" if run["method"] == "none" else f"{run['method']} K={asked}"
     return f"{title} T={run['temperature']:g}" if "temperature" in run else title
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from vllm_gumiho.drafters import DEFAULT, DRAFTERS
 from vllm_gumiho.errors import EvalError
 from vllm_gumiho.options import CONCURRENCY, TARGET, option
+from vllm_gumiho.request.lengths import AUTO, length_option
 
 METHODS = (*DRAFTERS, "eagle", "ngram", "none")
 
@@ -23,8 +24,8 @@ class Settings:
     target: str = option("smollm2", TARGET)
     checkpoint: str | None = option(None, "Drafter; by default, for our methods, the target's known one.")
     method: str = option(DEFAULT.name, f"One of {', '.join(METHODS)}.")
-    num_speculative_tokens: tuple[int, ...] = option(
-        (), "K; repeat for a grid.  Default: all the checkpoint has, else 7."
+    num_speculative_tokens: tuple[int | str, ...] = option(
+        (), f"K or {AUTO}; repeat for a grid.  Default: all the checkpoint has, else 7.", parser=length_option
     )
     temperatures: tuple[float, ...] = option((0.0,), "0 (default) or 1; repeat for a grid.", "--temperature")
     baseline: Path | None = option(None, "Report with a greedy run without speculation, instead of running one.")
@@ -72,8 +73,12 @@ def check_settings(settings: Settings) -> None:
         values = getattr(settings, name)
         if len(set(values)) < len(values):
             raise EvalError(f"--{name.rstrip('s').replace('_', '-')}: a value is given twice: {list(values)}")
-    if any(length < 1 for length in settings.num_speculative_tokens):
-        raise EvalError(f"--num-speculative-tokens {min(settings.num_speculative_tokens)}: give whole numbers from 1")
+    for length in settings.num_speculative_tokens:
+        if isinstance(length, int) and length < 1:
+            raise EvalError(f"--num-speculative-tokens {length}: give whole numbers from 1, or {AUTO}")
+        if length == AUTO and (settings.method not in DRAFTERS or settings.rank_hits):
+            what = "--rank-hits" if settings.rank_hits else f"method {settings.method!r}"
+            raise EvalError(f"--num-speculative-tokens {AUTO} does not go with {what}; give whole numbers from 1")
     if settings.rank_hits and settings.method not in DRAFTERS:
         raise EvalError(
             f"--rank-hits looks at the choices of {' and '.join(DRAFTERS)} alone, not of method {settings.method!r}; "

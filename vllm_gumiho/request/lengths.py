@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import typer
+
 from vllm_gumiho.drafters.checkpoints import Checkpoint
 from vllm_gumiho.errors import CheckpointError
 
@@ -26,6 +28,16 @@ def draft_length(asked: Any, checkpoint: Checkpoint) -> int:
             f'from 1 to {most}, or "{AUTO}"'
         )
     return asked
+
+
+def length_option(text: str) -> int | str:
+    """A command's K: a whole number, whose range `draft_length` knows, or "auto".  Raises: typer.BadParameter."""
+    if text.strip().lower() == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f'{text!r} is no K; give a whole number, or "{AUTO}"') from None
 
 
 def schedule_problem(schedule: Any, most: int) -> str | None:
