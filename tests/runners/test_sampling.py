@@ -13,10 +13,11 @@ from engines import pair, run, step
 from torch import Tensor
 
 pytestmark = pytest.mark.engine
-V2_DRAWS = 800
 METHODS = ("greedy", "probabilistic")
 V2_METHODS = {method: {"draft_sample_method": method} for method in METHODS}
 V2_METHODS["sample and walk"] = {"seeded_text": "same"}
+# By how many draws noise that is used twice is seen: what it does to a pair grows with the draws.
+V2_DRAWS = dict.fromkeys(METHODS, 800) | {"sample and walk": 1_600}
 WALK_FAULTS = ("walks too far", "repeats noise")
 
 
@@ -60,11 +61,12 @@ def drawn_by_v2(tmp_path_factory, target, request):
     checkpoint = predictable.write_checkpoint(folder / "gumiho", VOCAB)
     speculative = {"num_speculative_tokens": 3} | V2_METHODS[request.param]
     settings = {"max_num_seqs": 100, "seed": 17, "max_num_batched_tokens": 4096, "speculative": speculative}
-    cases = pair(target, checkpoint, steps(("T=1",), V2_DRAWS), **settings)
+    draws = V2_DRAWS[request.param]
+    cases = pair(target, checkpoint, steps(("T=1",), draws), **settings)
     cases = {"on": cases["on"]}
     if request.param == "sample and walk":
         cases |= {fault: cases["on"] | {"plant": fault} for fault in WALK_FAULTS}
-    return run(folder, cases, runner="v2")
+    return run(folder, cases, runner="v2"), draws
 
 
 @pytest.mark.feature("sampling: temperature, top-p, top-k; greedy and probabilistic drafts", "V1")
@@ -93,16 +95,17 @@ def test_tokens_drafted_by_moa_have_the_targets_joint_distribution(drawn, target
 
 @pytest.mark.long
 def test_sampled_tokens_of_v2_have_the_targets_joint_distribution(drawn_by_v2, target):
-    assert drawn_by_v2["on"]["facts"]["runner"] == "v2"
-    counts = step(drawn_by_v2, "on", "T=1")["counts"]
+    found, draws = drawn_by_v2
+    assert found["on"]["facts"]["runner"] == "v2"
+    counts = step(found, "on", "T=1")["counts"]
     assert 0.1 < counts["accepted"] / counts["drafted"] < 0.9
-    tokens = drawn_tokens(drawn_by_v2, "on", "T=1")
-    assert len(tokens) == V2_DRAWS
+    tokens = drawn_tokens(found, "on", "T=1")
+    assert len(tokens) == draws
     assert max(of_neighbours(tokens, exact(target))) < LIMIT
     assert of_neighbours(tokens, exact(target, temperature=0.7))[0] > LIMIT, "too few draws to see a wrong temperature"
-    for fault in drawn_by_v2.keys() - {"on"}:
-        found = of_neighbours(drawn_tokens(drawn_by_v2, fault, "T=1"), exact(target))
-        assert max(found) > 2 * LIMIT, (fault, found)
+    for fault in found.keys() - {"on"}:
+        pairs = of_neighbours(drawn_tokens(found, fault, "T=1"), exact(target))
+        assert max(pairs) > 1.2 * LIMIT, (fault, pairs)
 
 
 def of_neighbours(tokens: Tensor, probs: Tensor) -> list[float]:
