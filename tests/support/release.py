@@ -11,7 +11,7 @@ HASHES_LOOK_AHEAD = NEXT
 # A speculators checkpoint that is served by itself names its target in a hub, not in a folder.
 VERIFIER_BY_NAME = NEXT
 # Data-parallel engines want a memory node each, of which a small machine has one: vLLM's own switch, which binds cores.
-MEMORY_NODES = {"VLLM_CPU_SIM_MULTI_NUMA": "1"} if NEXT else {}
+MEMORY_NODES = {"VLLM_CPU_SIM_MULTI_NUMA": "1", "VLLM_CPU_OMP_THREADS_BIND": "auto"} if NEXT else {}
 
 
 def watermark_contexts(watermarker: Any) -> Any:
