@@ -137,14 +137,14 @@ def marks(drafter: str = "gumiho") -> dict[str, dict[str, set[str]]]:
     return found
 
 
-def proven_with_next() -> dict[str, dict[str, set[str]]]:
+def proven_with_next(drafter: str = "gumiho") -> dict[str, dict[str, set[str]]]:
     """As `marks`, those files alone whose tests of the row all passed with vLLM's next release."""
     found: dict[str, dict[str, set[str]]] = {}
-    marked = marks()
+    marked = marks(drafter)
     for file, entry in json.loads(RECORD.read_text())["files"].items():
         name = file.removeprefix("tests/")
-        for feature, runner in entry["proven"]:
-            if name in marked.get(feature, {}).get(runner, ()):
+        for feature, runner, *other in entry["proven"]:
+            if drafter == (other or ["gumiho"])[0] and name in marked.get(feature, {}).get(runner, ()):
                 found.setdefault(feature, {}).setdefault(runner, set()).add(name)
     return found
 
@@ -164,11 +164,11 @@ def totals() -> dict[str, int | str]:
 MOA = """
 ## Mixture of Attentions
 
-The same states with vLLM 0.32, for drafts of `{"method": "moa"}`, which are held to the equations too. Each row has a
+The same states, for drafts of `{"method": "moa"}`, which are held to the equations too. Each row has a
 request or two; Gumiho's tests go deeper. A row that is missing here has no proof with this drafter yet.
 
-| feature | state | 0.32 | proven by |
-|---|---|---|---|
+| feature | state | 0.32 | 0.33 | proven by |
+|---|---|---|---|---|
 """
 
 
@@ -178,12 +178,19 @@ def links(proofs: dict[str, set[str]]) -> str:
     return ", ".join(f"[{Path(file).stem.removeprefix('test_')}](../tests/{file})" for file in files)
 
 
+def cells(name: str, *found: dict[str, dict[str, set[str]]]) -> str:
+    """The model runners in which a row holds, a cell for each release."""
+    return " | ".join(", ".join(runner for runner in RUNNERS if runner in of.get(name, {})) for of in found)
+
+
 def moa_table() -> str:
     """Rows of the second drafter."""
-    marked, lines = marks("moa"), []
-    for name in (name for name in FEATURES if name in marked):
-        runners = ", ".join(runner for runner in RUNNERS if runner in marked[name])
-        lines.append(f"| {name} | {FEATURES[name][0]} | {runners} | {links(marked[name])} |")
+    marked, following = marks("moa"), proven_with_next("moa")
+    lines = [
+        f"| {name} | {FEATURES[name][0]} | {cells(name, marked, following)} | {links(marked[name])} |"
+        for name in FEATURES
+        if name in marked
+    ]
     return MOA + "\n".join(lines) + "\n"
 
 
@@ -192,11 +199,10 @@ def page() -> str:
     marked, following, lines, notes = marks(), proven_with_next(), [], []
     for name, (state, note) in FEATURES.items():
         proofs = marked.get(name, {})
-        cells = [", ".join(runner for runner in RUNNERS if runner in of.get(name, {})) for of in (marked, following)]
         if len(note.split()) > LONGEST:
             notes.append(f"{len(notes) + 1}. {name}: {note}")
             note = f"note {len(notes)}"
-        lines.append(f"| {name} | {state} | {' | '.join(cells)} | {links(proofs)} | {note} |")
+        lines.append(f"| {name} | {state} | {cells(name, marked, following)} | {links(proofs)} | {note} |")
     return HEAD.format(**totals()) + "\n".join([*lines, "", *notes]) + "\n" + moa_table()
 
 
