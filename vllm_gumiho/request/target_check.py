@@ -14,7 +14,7 @@ from vllm_gumiho.request.kv_groups import tears_drafts_apart
 # Kinds of target that the tests serve and train for (docs/targets.md), by transformers' names.
 TESTED = (
     "cohere2", "exaone4", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama",
-    "minicpm3", "mistral", "mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3",
+    "minicpm3", "mistral", "mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
     "stablelm", "starcoder2",
 )  # fmt: skip
 # Of a drafter as trained by default.
