@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
 from vllm_gumiho.drafters.checkpoints import Checkpoint
 from vllm_gumiho.errors import CheckpointError
 
@@ -37,6 +35,8 @@ def length_option(text: str) -> int | str:
     try:
         return int(text)
     except ValueError:
+        import typer  # of the command line alone: engines import this module
+
         raise typer.BadParameter(f'{text!r} is no K; give a whole number, or "{AUTO}"') from None
 
 
