@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from vllm_gumiho.training import attention
 from vllm_gumiho.training.attention import Sight
 from vllm_gumiho.training.candidates import Candidates, soft_cross_entropy
+from vllm_gumiho.training.row_attention import RowSight
 from vllm_gumiho.training.target_head import LmHead
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
@@ -21,16 +22,21 @@ def block(request, monkeypatch):
     monkeypatch.setattr(attention, "CPU_BLOCK", request.param)
 
 
-@pytest.fixture(params=["products", "sdpa"])
-def way(request, monkeypatch):
-    """A CPU's products, and what runs on any other device."""
-    if request.param == "sdpa":
-        made = Sight.__init__
+def in_rows(picked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Segments and anchors ``[R, T]`` of two rows with padding between and after the sequences of `LENGTHS`."""
+    segments, anchors = (torch.zeros(2, 50, dtype=kind) for kind in (torch.long, torch.bool))
+    start = 0
+    for number, (length, (row, at)) in enumerate(zip(LENGTHS, [(0, 0), (0, 37), (0, 46), (1, 0)], strict=True), 1):
+        segments[row, at : at + length] = number
+        anchors[row, at : at + length] = picked[start : start + length]
+        start += length
+    return segments, anchors
 
-        def init(self, lengths, anchors):
-            made(self, lengths, anchors, by_product=False)
 
-        monkeypatch.setattr(Sight, "__init__", init)
+@pytest.fixture(params=["one by one", "rows"])
+def sight(request):
+    """Makes the way of a CPU, and of any other device."""
+    return lambda picked: Sight(LENGTHS, picked) if request.param == "one by one" else RowSight(*in_rows(picked))
 
 
 def anchors() -> torch.Tensor:
@@ -52,7 +58,7 @@ def dense_mask(steps: int, all_queries: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("steps", "all_queries"), [(0, True), (0, False), (1, False), (2, False)])
-def test_sequences_one_by_one_attend_as_under_one_dense_mask(block, way, steps, all_queries):
+def test_sequences_attend_as_under_one_dense_mask(block, sight, steps, all_queries):
     torch.manual_seed(0)
     picked = anchors()
     count, total = int(picked.sum()), sum(LENGTHS)
@@ -60,7 +66,9 @@ def test_sequences_one_by_one_attend_as_under_one_dense_mask(block, way, steps, 
     sizes = [total, *[count] * steps]
     past = [tuple(torch.randn(n, KV_HEADS, WIDTH, requires_grad=True) for _ in "kv") for n in sizes]
     inputs = [q, *(x for pair in past for x in pair)]
-    found = Sight(LENGTHS, picked).attend(q, past, all_queries)
+    made = sight(picked)
+    assert torch.equal(made.anchor_index, picked.nonzero()[:, 0])
+    found = made.attend(q, past, all_queries)
     keys, values = (torch.cat(parts) for parts in zip(*past, strict=True))
 
     def heads(x):
@@ -81,10 +89,12 @@ def test_sequences_one_by_one_attend_as_under_one_dense_mask(block, way, steps, 
 
 
 @pytest.mark.parametrize("all_queries", [False, True])
-def test_no_anchors_leave_every_input_a_gradient(all_queries):
-    q = torch.randn(5 if all_queries else 0, HEADS, WIDTH, requires_grad=True)
-    k, v = (torch.randn(5, KV_HEADS, WIDTH, requires_grad=True) for _ in "kv")
-    Sight([5], torch.zeros(5, dtype=torch.bool)).attend(q, [(k, v)], all_queries).sum().backward()
+def test_no_anchors_leave_every_input_a_gradient(sight, all_queries):
+    total = sum(LENGTHS)
+    q = torch.randn(total if all_queries else 0, HEADS, WIDTH, requires_grad=True)
+    k, v = (torch.randn(total, KV_HEADS, WIDTH, requires_grad=True) for _ in "kv")
+    made = sight(torch.zeros(total, dtype=torch.bool))
+    made.attend(q, [(k, v)], all_queries)[: 0 if all_queries else None].sum().backward()
     assert all(x.grad is not None and not x.grad.any() for x in (k, v))
     assert q.grad is not None
 

@@ -23,6 +23,7 @@ from vllm_gumiho.checkpoint.tensors import D2T
 from vllm_gumiho.drafters.checkpoints import open_checkpoint
 from vllm_gumiho.errors import FigureError, RecipeError
 from vllm_gumiho.training.curves import plot_curves, read_curves
+from vllm_gumiho.training.data import segment_spans
 from vllm_gumiho.training.provenance import made_with, read_recipe
 from vllm_gumiho.training.recipe import Recipe
 from vllm_gumiho.training.recipes import new_drafter, objective_of
@@ -261,6 +262,26 @@ def test_features_from_the_cache_are_the_targets(tmp_path, tiny_target, data):
     assert not again.is_cached(batch)
     torch.testing.assert_close(again.features(batch).float(), plain, rtol=2**-8, atol=1e-6)
     assert FrozenTarget(model, tmp_path / "features").is_cached(batch)
+
+
+@pytest.mark.parametrize("kept", [2, 1, 0], ids=["all", "some", "none"])
+def test_features_kept_in_memory_are_those_of_a_store(tmp_path, tiny_target, data, kept):
+    from vllm_gumiho.training.target import open_target
+
+    batch = {name: value[None] for name, value in _train_rows(recipe(tiny_target, data, tmp_path))[0].items()}
+    stored = open_target(str(tiny_target), tmp_path / "features").features(batch)
+    target = open_target(str(tiny_target))
+    longest = max(b - a for _, a, b in segment_spans(batch["segments"]))
+    room = {2: 1 << 20, 1: 2 * longest * target.width, 0: 0}[kept]
+    target.keep_features(room / 2**30)
+    for _ in range(2):
+        assert torch.equal(target.features(batch), stored)
+    assert target.is_cached(batch) == (kept == 2)
+
+
+def test_two_places_for_features_are_refused():
+    with pytest.raises(RecipeError, match=r"feature_memory 2: feature_cache store keeps the features"):
+        Recipe("TARGET", ["data"], "run", feature_memory=2, feature_cache="store").check()
 
 
 @pytest.mark.engine

@@ -1,4 +1,4 @@
-"""Attention of packed training sequences, one sequence after the other: nothing is spent between sequences.
+"""Attention of packed training sequences on a CPU, one after the other: nothing is spent between sequences.
 
 Flat order: the N tokens of all sequences end to end, and the A anchors among them in the same order.  A query of the
 first pass sees its sequence up to itself.  At a later serial step only anchors are queries: each sees the first pass's
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Queries of one product on a CPU: keys behind a block are left out, and its scores stay in the cache.
+# Queries of one product: keys behind a block are left out, and its scores stay in the cache.
 CPU_BLOCK = 256
-# Products on a CPU have sizes in steps of that: each new size costs some milliseconds of compilation.
+# Products have sizes in steps of that: each new size costs some milliseconds of compilation.
 CPU_GRAIN = 32
 
 
@@ -24,7 +24,7 @@ class Block:
     """Some queries that follow one another, and the keys of the first pass that they see.
 
     queries: how many.  sequence: whose first ``keys`` tokens; -1 for tokens whose attention nobody needs.
-    at: where each query lies in its sequence, ``[queries]``; None where query i is token i.
+    at: where each query lies in its sequence, ``[queries]``; None of a block whose attention nobody needs.
     """
 
     queries: int
@@ -39,33 +39,27 @@ class Sight:
     anchor_index: places of the A anchors among the N tokens, ascending.
     """
 
-    def __init__(self, lengths: list[int], anchors: Tensor, by_product: bool | None = None):
-        """lengths: of the sequences, N tokens in all.  anchors: which tokens are, bool ``[N]``.
-
-        by_product: plain products, faster on a CPU; None decides by the device.
-        """
+    def __init__(self, lengths: list[int], anchors: Tensor):
+        """lengths: of the sequences, N tokens in all.  anchors: which tokens are, bool ``[N]``."""
         self.anchor_index = anchors.nonzero()[:, 0]
-        self._by_product = anchors.device.type == "cpu" if by_product is None else by_product
         self._lengths = lengths
         # Every token is in one block of the first list, every anchor in one of the second.
         self._blocks: dict[bool, list[Block]] = {True: [], False: []}
         self._biases: dict[tuple[bool, int, int, torch.dtype], Tensor] = {}
-        for sequence, (length, mine) in enumerate(zip(lengths, anchors.cpu().split(lengths), strict=True)):
+        for sequence, (length, mine) in enumerate(zip(lengths, anchors.split(lengths), strict=True)):
             self._add(sequence, length, mine.nonzero()[:, 0])
 
     def _add(self, sequence: int, length: int, places: Tensor) -> None:
-        """places: of a sequence's anchors, on the CPU: what is decided here must not wait for a GPU."""
+        """places: of a sequence's anchors."""
         # What follows the last anchor is seen by none.
         needed = int(places[-1]) + 1 if len(places) else 0
-        size = CPU_BLOCK if self._by_product else max(1, length)
-        for first in range(0, needed, size):
-            last = min(first + size, needed)
-            at = torch.arange(first, last) if self._by_product else None
-            self._blocks[True].append(Block(last - first, sequence, last, at))
+        for first in range(0, needed, CPU_BLOCK):
+            last = min(first + CPU_BLOCK, needed)
+            self._blocks[True].append(Block(last - first, sequence, last, torch.arange(first, last)))
         if needed < length:
             self._blocks[True].append(Block(length - needed))
-        for at in places.split(size) if len(places) else ():
-            self._blocks[False].append(Block(len(at), sequence, int(at[-1]) + 1, at.to(self.anchor_index.device)))
+        for at in places.split(CPU_BLOCK) if len(places) else ():
+            self._blocks[False].append(Block(len(at), sequence, int(at[-1]) + 1, at))
 
     def attend(self, q: Tensor, past: list[tuple[Tensor, Tensor]], all_queries: bool) -> Tensor:
         """q ``[N or A, heads, D]``; past: keys and values ``[n, kv heads, D]`` of the first pass and each later step.
@@ -94,15 +88,9 @@ class Sight:
 
     def _one(self, q: Tensor, k: Tensor, v: Tensor, block: Block, name: tuple[bool, int, int, torch.dtype]) -> Tensor:
         groups, heads = k.shape[1], q.shape[1]
-        if block.at is None:
-            out = F.scaled_dot_product_attention(_split(q), _split(k), _split(v), is_causal=True, enable_gqa=True)
-            return out[0].transpose(0, 1)
         bias = self._biases.get(name)
         if bias is None:
             bias = self._biases[name] = self._bias(block, name[2], heads // groups, q.dtype)
-        if not self._by_product:
-            out = F.scaled_dot_product_attention(_split(q), _split(k), _split(v), attn_mask=bias, enable_gqa=True)
-            return out[0].transpose(0, 1)
         # Query heads of a group read the same keys: one product of all their rows.
         size, width = q.shape[0], q.shape[2]
         rows = self._grained(q).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
@@ -115,23 +103,20 @@ class Sight:
         assert block.at is not None
         device = block.at.device
         # Queries that fill up see the first key, so that their rows are finite.
-        at = torch.zeros(self._up(block.queries), dtype=torch.long, device=device)
+        at = torch.zeros(_up(block.queries), dtype=torch.long, device=device)
         at[: block.queries] = block.at
-        seen = torch.arange(self._up(block.keys), device=device) <= at[:, None]
+        seen = torch.arange(_up(block.keys), device=device) <= at[:, None]
         own = torch.eye(len(at), dtype=torch.bool, device=device)
         seen = torch.cat([seen, *[own] * steps], dim=1)
         bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
-        return bias.repeat(repeats, 1) if self._by_product else bias
-
-    def _up(self, size: int) -> int:
-        return -(-size // CPU_GRAIN) * CPU_GRAIN if self._by_product else size
+        return bias.repeat(repeats, 1)
 
     def _grained(self, *parts: Tensor) -> Tensor:
         """Parts ``[n, heads, D]`` end to end, each filled up with zeros to the size of products."""
-        filled = [F.pad(x, (0, 0, 0, 0, 0, self._up(len(x)) - len(x))) if self._by_product else x for x in parts]
+        filled = [F.pad(x, (0, 0, 0, 0, 0, _up(len(x)) - len(x))) for x in parts]
         return filled[0] if len(filled) == 1 else torch.cat(filled)
 
 
-def _split(x: Tensor) -> Tensor:
-    """``[n, heads, D]`` -> ``[1, heads, n, D]``."""
-    return x.transpose(0, 1)[None]
+def _up(size: int) -> int:
+    """A size of products, at least this one."""
+    return -(-size // CPU_GRAIN) * CPU_GRAIN

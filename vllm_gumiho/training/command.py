@@ -24,11 +24,15 @@ def generate(
     sampled: Annotated[float, typer.Option(help="Share of answers sampled at T=0.8, the rest greedy.")] = 0.3,
     shard: Annotated[str, typer.Option(help="I/N: answer the I-th (from 0) of N disjoint shares.")] = "0/1",
     evaluation_prompts: EvaluationPrompts = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Answers decoded at once; a GPU takes some hundred.", min=1)] = 96,
     seed: Annotated[int, typer.Option(help="Of who is sampled, and of the samples.")] = 0,
     limit: Annotated[int, typer.Option(help="Answer at most that many; 0 is all.")] = 0,
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="No torch.compile, no CUDA graphs: sooner for few prompts.")
     ] = False,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="Of the GPU, for one of several at once.  Default: vLLM's.", min=0, max=1)
+    ] = None,
 ) -> None:
     """Let the target answer training prompts (greedy and sampled), the data that heads are trained on."""
     from vllm_gumiho.engines.target import find_target
@@ -46,7 +50,9 @@ def generate(
         (int(index), int(count)),
         limit,
         seed=seed,
+        max_num_seqs=max_num_seqs,
         enforce_eager=enforce_eager,
+        **({} if gpu_memory_utilization is None else {"gpu_memory_utilization": gpu_memory_utilization}),
     )
     typer.echo(f"{output}: " + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()))
 

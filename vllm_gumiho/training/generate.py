@@ -133,6 +133,7 @@ def generate_answers(
     """
     from rich.progress import Progress
     from vllm import LLM
+    from vllm.platforms import current_platform
 
     prompts, repeats = read_questions(prompt_files, shard)
     counts = {"conversations": 0, "answer_tokens": 0, "too_long": 0, "cut_by_length": 0, "cut_by_template": 0}
@@ -144,11 +145,12 @@ def generate_answers(
     todo = [prompt for prompt in prompts if prompt.id not in known][: limit or None]
     output.parent.mkdir(parents=True, exist_ok=True)
     longest = questions.max_prompt_tokens + (questions.max_turns - 1) * questions.max_tokens
-    # vLLM 0.32's CPU build fails with a seeded prompt in chunks.  Without chunks a step takes whole prompts alone.
-    settings = {"max_num_seqs": 96, "max_model_len": longest + questions.max_tokens, "enable_chunked_prefill": False}
-    settings |= engine
+    settings = {"max_num_seqs": 96, "max_model_len": longest + questions.max_tokens, **engine}
     os.environ.setdefault(CPU_KV_SPACE.name, CPU_KV_GIB)
     os.environ.update(engine_environment())
+    if current_platform.is_cpu():
+        # vLLM 0.32's CPU build fails with a seeded prompt in chunks.  Without chunks a step takes whole prompts alone.
+        settings.setdefault("enable_chunked_prefill", False)
     try:
         llm = LLM(model=target, **settings)
     except (RuntimeError, ValueError) as error:

@@ -46,7 +46,8 @@ class Recipe:
     target_layers: of which MoA reads the states, from 0, the input of the first, to the number of layers, the state
     after the last; none takes a half, two thirds, five sixths and the last.
     draft_vocab: draft only that many of the training answers' most frequent tokens; 0 drafts all.
-    feature_cache: folder that keeps the target's features between epochs and runs.
+    feature_cache: folder that keeps the target's features between epochs and runs.  feature_memory: GiB of the
+    device's memory that keep them between epochs instead.
     evaluation_prompts: folders or files of prompts that must not be in the data.
     patience: end when held-out acceptance length has not risen for that many evaluations; 0 never does.
     """
@@ -91,6 +92,7 @@ class Recipe:
     init_from: str | None = option(None, "Checkpoint to start from.")
     branch_from: str | None = option(None, "Folder checkpoint-N of another run to go on from, optimizer and all.")
     feature_cache: str | None = option(None, "Folder that keeps target features (bfloat16).")
+    feature_memory: float = option(0.0, "GiB of the device's memory that keep target features; in place of a cache.")
     evaluation_prompts: list[str] = option(
         [], "Prompts that must not be in the data: file or folder; repeat.  Found ones are named."
     )
@@ -120,7 +122,7 @@ class Recipe:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be above 0")
         for name in (
             "num_heads", "further_steps", "draft_vocab", "patience", "candidates", "frequent", "decay_steps",
-            "save_minutes",
+            "save_minutes", "feature_memory",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must not be below 0")
@@ -129,6 +131,11 @@ class Recipe:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
         if self.fc_rate is not None and self.fc_rate < 0:
             raise RecipeError(f"fc_rate is {self.fc_rate}; it must not be below 0")
+        if self.feature_memory and self.feature_cache:
+            raise RecipeError(
+                f"feature_memory {self.feature_memory:g}: feature_cache {self.feature_cache} keeps the features; give "
+                "one of the two"
+            )
         self.share_of_kind()
 
     def share_of_kind(self) -> dict[str, float]:

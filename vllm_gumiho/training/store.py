@@ -33,7 +33,7 @@ class FeatureStore:
 
     def __init__(self, folder: Path, name: str, width: int):
         folder.mkdir(parents=True, exist_ok=True)
-        self.width = width
+        self.width, self.device = width, torch.device("cpu")
         self._data, self._index = folder / f"{name}.features", folder / f"{name}.index"
         for file in (self._data, self._index):
             file.touch()
@@ -106,3 +106,28 @@ class FeatureStore:
         self._read += len(new)
         for key, *place in RECORD.iter_unpack(new):
             self._places[key] = tuple(place)
+
+
+class KeptFeatures:
+    """Features as `FeatureStore` has them, in a device's memory and for one process, up to a limit."""
+
+    def __init__(self, width: int, device: torch.device, limit: float):
+        """limit: bytes; what would be above them is not kept."""
+        self.width, self.device, self.left = width, device, limit
+        self._kept: dict[bytes, Tensor] = {}
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._kept
+
+    def read(self, key: bytes) -> Tensor:
+        """Features ``[tokens, width]``, bfloat16.  Raises: KeyError where there are none."""
+        return self._kept[key]
+
+    def append(self, items: Iterable[tuple[bytes, Tensor]]) -> None:
+        """Keep features ``[tokens, width]`` of sequences, as long as there is room."""
+        for key, features in items:
+            size = 2 * features.numel()
+            if size <= self.left and key not in self._kept:
+                # A copy: what it is a part of is of a whole pass.
+                self._kept[key] = features.detach().to(self.device, torch.bfloat16, copy=True)
+                self.left -= size

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from vllm_gumiho.errors import RecipeError
 from vllm_gumiho.training.data import segment_spans
-from vllm_gumiho.training.store import FeatureStore, key_of
+from vllm_gumiho.training.store import FeatureStore, KeptFeatures, key_of
 from vllm_gumiho.training.target_head import head_reads, read_head
 from vllm_gumiho.training.target_model import load_target, passes_alone
 
 # Sequences of one pass are padded to the longest: the shortest has at least that share of its length.
 ALIKE = 0.7
-# Tokens of one pass, padding included, and of what is computed before it is stored.
-PASS_TOKENS, FILL_TOKENS = 4096, 8192
+# Tokens of one pass, padding included, and of what is computed before it is stored; times that on a GPU.
+PASS_TOKENS, FILL_TOKENS, _ON_GPU = 4096, 8192, 8
 
 
 def open_target(
@@ -70,10 +70,14 @@ class FrozenTarget:
             self._check_layers()
         self._take_tensors()
         self.width = (1 + len(self.layers)) * self.embed.shape[1]
-        self.store: FeatureStore | None = None
+        self.store: FeatureStore | KeptFeatures | None = None
         if cache:
             of = "".join(f"-{layer}" for layer in self.layers)
             self.store = FeatureStore(Path(cache), self._fingerprint() + of, self.width)
+
+    def keep_features(self, gibibytes: float) -> None:
+        """Keep features in the device's memory between epochs, as much as that; no store is written then."""
+        self.store = KeptFeatures(self.width, self.embed.device, gibibytes * 2**30)
 
     def to(self, device: torch.device) -> FrozenTarget:
         """Move to the device that the batches are on; nothing is done when it is there."""
@@ -92,13 +96,15 @@ class FrozenTarget:
             return self.compute(batch)
         spans, keys = self._keys(batch)
         missing = {key: span for span, key in zip(spans, keys, strict=True) if key not in self.store}
+        new: dict[bytes, Tensor] = {}
         if missing:
             ids = batch["input_ids"]
             found = self.compute_sequences([ids[row, a:b] for row, a, b in missing.values()])
-            self.store.append(zip(missing, found, strict=True))
-        out = torch.zeros(*batch["input_ids"].shape, self.store.width, dtype=torch.bfloat16)
+            new = dict(zip(missing, found, strict=True))
+            self.store.append(new.items())
+        out = torch.zeros(*batch["input_ids"].shape, self.store.width, dtype=torch.bfloat16, device=self.store.device)
         for (row, a, b), key in zip(spans, keys, strict=True):
-            out[row, a:b] = self.store.read(key)
+            out[row, a:b] = new[key] if key in new else self.store.read(key)
         return out.to(self.embed.device)
 
     @torch.no_grad()
@@ -139,7 +145,7 @@ class FrozenTarget:
                 advance(len(tokens))
                 continue
             waiting[key] = torch.tensor(tokens, device=device)
-            if sum(map(len, waiting.values())) >= FILL_TOKENS:
+            if sum(map(len, waiting.values())) >= self._scaled(FILL_TOKENS):
                 done += run()
         return done + (run() if waiting else 0)
 
@@ -149,7 +155,7 @@ class FrozenTarget:
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         while order:
             longest = len(sequences[order[0]])
-            most = 1 if self._alone else max(1, PASS_TOKENS // longest)
+            most = 1 if self._alone else max(1, self._scaled(PASS_TOKENS) // longest)
             group = [i for i in order[:most] if len(sequences[i]) >= ALIKE * longest]
             order = order[len(group) :]
             # Under a causal mask nothing that follows a token reaches it, so no mask for the padding is needed.
@@ -158,6 +164,9 @@ class FrozenTarget:
             for i, features in zip(group, hidden, strict=True):
                 found[i] = features[: len(sequences[i])]
         return found
+
+    def _scaled(self, tokens: int) -> int:
+        return tokens if self.embed.device.type == "cpu" else _ON_GPU * tokens
 
     def _pass(self, ids: Tensor) -> Tensor:
         """Features ``[R, T, width]`` of token ids ``[R, T]``."""

@@ -175,6 +175,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     )
     arguments = _arguments(recipe)
     target.to(arguments.device)
+    if recipe.feature_memory:
+        target.keep_features(recipe.feature_memory)
     text_config = target.model.config.get_text_config()
     left_out: Counter[str] = Counter()
     samples = read_samples(map(Path, recipe.data), text_config.vocab_size, left_out)

@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_gumiho.drafters.trainable_layers import Pass, SerialDrafter
+from vllm_gumiho.drafters.trainable_layers import Sight as Sees
 from vllm_gumiho.training.attention import Sight
 from vllm_gumiho.training.data import segment_spans
+from vllm_gumiho.training.row_attention import RowSight
 
 
 class Form(Enum):
@@ -79,7 +81,11 @@ def draft(
     def flat(x: Tensor) -> Tensor:
         return x.flatten(0, 1)[real]
 
-    sight = Sight([stop - start for _, start, stop in segment_spans(segments)], flat(anchors))
+    sight: Sees
+    if segments.device.type == "cpu":
+        sight = Sight([stop - start for _, start, stop in segment_spans(segments)], flat(anchors))
+    else:
+        sight = RowSight(segments, anchors)
     at = sight.anchor_index
     o = drafter.fuse(F.embedding(flat(shift(ids, 1)), embed), flat(features))
     serial, fused = [drafter.serial(o, Pass.at(flat(positions), drafter.config, sight), past)], []
