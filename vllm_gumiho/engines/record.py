@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vllm_gumiho.errors import EngineError
+
 Add = Callable[[str, list[int], list[int], int], None]
 
 
@@ -16,9 +18,14 @@ def record_drafts(llm: Any) -> list[tuple[list[int], list[int]]]:
 
 
 def watch_drafts(llm: Any, add: Add) -> None:
-    """Call ``add(request, text, tokens, row)`` for each draft: verified and drafted tokens, and the batch's row."""
+    """Call ``add(request, text, tokens, row)`` for each draft: verified and drafted tokens, and the batch's row.
+
+    Raises: EngineError for runner V1 with async scheduling, whose drafts stay in the worker.
+    """
     if llm.llm_engine.vllm_config.use_v2_model_runner:
         _watch_speculator(llm.llm_engine.model_executor.driver_worker.worker.model_runner, add)
+    elif llm.llm_engine.vllm_config.scheduler_config.async_scheduling:
+        raise EngineError("drafts of runner V1 cannot be watched with async scheduling; give async_scheduling=False")
     else:
         _watch_scheduler(llm.llm_engine.engine_core.engine_core.scheduler, add)
 

@@ -26,6 +26,14 @@ def start_engine(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return llm, engine_facts(llm)
 
 
+def kv_cache_of(gibibytes: float) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for a KV cache of that size on a GPU that others use too.
+
+    vLLM then does not measure what is free, which fails where another engine starts or ends meanwhile.
+    """
+    return {"kv_cache_memory_bytes": int(gibibytes * 2**30), "gpu_memory_utilization": 0.02}
+
+
 def engine_facts(llm: Any) -> dict[str, Any]:
     """vLLM's version, device, model runner, dtype, and what drafts how many tokens."""
     import vllm

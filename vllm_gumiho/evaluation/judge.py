@@ -129,7 +129,7 @@ def _run(
     speculative = facts["speculative_config"]
     job: dict[str, Any] = {"llm": llm | ({"speculative_config": speculative} if speculative else {})}
     if settings.rank_hits and speculative:
-        job |= {"llm": job["llm"] | {"enforce_eager": True}, "rank hits": True}
+        job |= {"llm": job["llm"] | {"enforce_eager": True, "async_scheduling": False}, "rank hits": True}
     asked = {name: [{"id": p.id, "turns": p.turns} for p in prompts] for name, prompts in fitting.sets.items()}
     runs: list[tuple[dict[str, Any], dict[str, Answers]]] = []
     # In this one's process: memory and counters of workers are then read where they are.

@@ -13,6 +13,7 @@ from typing import Any
 from vllm_gumiho.benchmark.shapes import GUMIHO_RATES, SHAPES, write_models
 from vllm_gumiho.drafters.kernel_timing import pays
 from vllm_gumiho.engines.process import Worker
+from vllm_gumiho.engines.worker import kv_cache_of
 from vllm_gumiho.env import KERNELS, ONE_PROCESS, V2_RUNNER
 from vllm_gumiho.gpu_check.models import Reference, write_pair
 
@@ -199,6 +200,8 @@ class Check:
         settings = {"skip_tokenizer_init": True, "disable_log_stats": False, "enable_prefix_caching": False, **llm}
         if not self.machine.on_cpu:
             settings.setdefault("gpu_memory_utilization", 0.5)
+        if record and runner == "v1":
+            settings["async_scheduling"] = False
         interpreter = self.machine.on_cpu and runner == "v2"
         environment = {ONE_PROCESS.name: "0", KERNELS.name: switch, V2_RUNNER.name: str(int(runner == "v2"))}
         if llm.get("tensor_parallel_size") == 2 and self.machine.on_cpu:
@@ -218,7 +221,7 @@ class Check:
             "max_num_seqs": 8,
             "enforce_eager": not graphs or self.machine.on_cpu,
             **({"speculative_config": drafts} if speculative else {}),
-            **({} if self.machine.on_cpu else {"attention_backend": "TRITON_ATTN"}),
+            **({} if self.machine.on_cpu else {"attention_backend": "TRITON_ATTN", **kv_cache_of(1)}),
             **more,
         }
         switch = "0" if not speculative or (self.machine.on_cpu and runner == "v1") else "1"

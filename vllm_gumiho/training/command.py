@@ -30,12 +30,13 @@ def generate(
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="No torch.compile, no CUDA graphs: sooner for few prompts.")
     ] = False,
-    gpu_memory_utilization: Annotated[
-        float | None, typer.Option(help="Of the GPU, for one of several at once.  Default: vLLM's.", min=0, max=1)
-    ] = None,
+    kv_cache_gib: Annotated[
+        float, typer.Option(help="KV cache on a GPU, for shards that share one; 0: what vLLM finds free.", min=0)
+    ] = 0.0,
 ) -> None:
     """Let the target answer training prompts (greedy and sampled), the data that heads are trained on."""
     from vllm_gumiho.engines.target import find_target
+    from vllm_gumiho.engines.worker import kv_cache_of
     from vllm_gumiho.training.generate import Questions, generate_answers
 
     index, _, count = shard.partition("/")
@@ -52,7 +53,7 @@ def generate(
         seed=seed,
         max_num_seqs=max_num_seqs,
         enforce_eager=enforce_eager,
-        **({} if gpu_memory_utilization is None else {"gpu_memory_utilization": gpu_memory_utilization}),
+        **(kv_cache_of(kv_cache_gib) if kv_cache_gib else {}),
     )
     typer.echo(f"{output}: " + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()))
 
