@@ -11,6 +11,7 @@ import torch
 from runs import recipe
 from safetensors.torch import load_file
 
+from vllm_gumiho.training import start
 from vllm_gumiho.training.data import PackedRows, Sample
 from vllm_gumiho.training.optimizer import MuonWithAdamW, apart
 from vllm_gumiho.training.recipe import FITTED_RATE
@@ -66,8 +67,10 @@ def world():
     return PackedRows(samples, 64), embed, features_of, torch.cat((a.T, b.T), dim=1), offset
 
 
-def test_the_fit_finds_the_map_that_made_the_features(monkeypatch, world):
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_the_fit_finds_the_map_that_made_the_features(monkeypatch, world, at_once):
     monkeypatch.setattr(RidgeRegression.solve, "__defaults__", (1e-9,))
+    monkeypatch.setattr(start, "_rows_at_once", lambda device: at_once)
     rows, embed, features_of, weight, offset = world
     found, bias, seen = linear_fit(rows, embed, features_of, 10**6, bias=True)
     assert seen == sum(int(valid_anchors(*(row[n][None] for n in ("segments", "answer")), 1).sum()) for row in rows)

@@ -193,6 +193,18 @@ def test_losses_and_speed_are_logged_to_tensorboard(tmp_path, tiny_target, data)
     assert all(value.value < 1 for value in log.Scalars("train/matmul_share"))
 
 
+def test_a_counter_that_does_not_know_an_operation_ends_no_run(monkeypatch, tmp_path, tiny_target, data, caplog):
+    def unknown(self):
+        raise AssertionError("shapes are incompatible")
+
+    whole = train(recipe(tiny_target, data, tmp_path / "counted", steps=2))
+    monkeypatch.setattr("torch.utils.flop_counter.FlopCounterMode.get_total_flops", unknown)
+    with caplog.at_level("WARNING", logger="vllm_gumiho"):
+        found = train(recipe(tiny_target, data, tmp_path / "run", steps=2))
+    assert "operations of a training step are not counted: shapes are incompatible" in caplog.text
+    assert {k: v for k, v in found.items() if "acc" in k} == {k: v for k, v in whole.items() if "acc" in k}
+
+
 def test_operations_of_the_target_count_where_the_cache_has_no_features(tmp_path, tiny_target, data):
     from transformers import AutoModelForCausalLM
 
