@@ -128,7 +128,8 @@ def heads_reports(target: str, hidden: int, batch: int, dtype: str, weights: str
     tiling = choose_tiling(batch, heads, hidden, *sizes, device)
     stored = _stored(weights, device)
     pointers = dict.fromkeys(("rest_ptr", "last_ptr", "first_b_ptr", "b_ptr", "z_ptr"), dtype)
-    pointers |= {"first_w_ptr": stored, "w_ptr": stored, "counters_ptr": "i32"}
+    pointers |= {"first_w_ptr": stored, "w_ptr": stored, "parts_ptr": "fp32"}
+    pointers |= dict.fromkeys(("counters_ptr", "tickets_ptr"), "i32")
     pointers |= dict.fromkeys(("first_s_ptr", "s_ptr"), "fp32" if scaled else dtype)
     several = {", stage 0": (True, False, False), ", stage j": (False, False, False)}
     forms = {"": (True, True, False)} if target.startswith("cuda") else several
@@ -140,6 +141,7 @@ def heads_reports(target: str, hidden: int, batch: int, dtype: str, weights: str
             "BARRIER": barrier,
             "SCALED": scaled,
             "PACKED": tiling.packed,
+            "SPREAD": tiling.spread,
             "HEADS": heads,
             "H": hidden,
             "PARTS": 2,
@@ -156,7 +158,7 @@ def heads_reports(target: str, hidden: int, batch: int, dtype: str, weights: str
             parallel_heads_kernel, target, pointers, integers, constants, tiling.num_warps, barrier, dependent
         )
         shape = f"H={hidden} B={tiling.block_b} n={heads} {dtype} x {weights}{name}"
-        tile = f"{tiling.block_h}x{tiling.block_k} depth {tiling.num_stages}"
+        tile = f"{tiling.block_h}x{tiling.block_k} depth {tiling.num_stages}{' spread' if tiling.spread else ''}"
         registers, spills = _registers_and_spills(compiled)
         limit = min(tiling.shared_bytes(*sizes), device.shared_per_program)
         shared, in_flight = compiled.metadata.shared, _bytes_in_flight(compiled)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MAX_BATCH = 32
 """Above it the kernel's inputs pass through the L2 as often as its weights, and the library's products are faster."""
@@ -12,6 +12,8 @@ _KEPT_BACK = 1024  # bytes of shared memory the driver takes for each resident p
 # on their way to each processor at which the memory is busy.
 _L2_OVER_MEMORY = 1.8
 _BYTES_NEEDED = 36 << 10
+# What the memory would give while sums of tile parts pass through the L2: a store, a ticket and a load, some 2 us.
+_BYTES_MISSED = 6 << 20
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Tiling:
     native_fp8: bool = False
     amd: bool = False
     packed: bool = False  # 8-bit codes are decoded four at a time, in PTX
+    spread: bool = False  # the last round's tiles are dealt out by K blocks
 
     def shared_bytes(self, weight_bytes: int, activation_bytes: int) -> int:
         """Upper estimate of one program's shared memory, checked against compiled kernels by the ahead-of-time test.
@@ -75,15 +78,17 @@ def stage_time(
 ) -> float:
     """A stage's time over that of its weights at the memory's full speed: a model, for comparing tilings.
 
-    Programs deal out whole rounds; in the last one, perhaps of few tiles, fewer bytes are on their way.  Not below what
-    the L2 takes for weights and inputs.
+    Programs deal out whole rounds; in the last one, perhaps of few tiles, fewer bytes are on their way, unless it is
+    spread over all programs, whose sums then have to meet.  Not below what the L2 takes for weights and inputs.
     """
     tiles = heads * -(-rows // tiling.block_h)
     needed = _BYTES_NEEDED * device.processors
     time = 0.0
     for count in (tiles - tiles % tiling.programs, tiles % tiling.programs):
-        busy = min(count, tiling.programs) * tiling.bytes_in_flight(weight_bytes)
-        time += count / min(1.0, busy / needed) if count else 0.0
+        busy = tiling.programs if tiling.spread else min(count, tiling.programs)
+        time += count / min(1.0, busy * tiling.bytes_in_flight(weight_bytes) / needed) if count else 0.0
+    if tiling.spread:
+        time += _BYTES_MISSED / (tiling.block_h * rows * weight_bytes)
     return max(time / tiles, tiling.traffic(weight_bytes, activation_bytes) / _L2_OVER_MEMORY)
 
 
@@ -104,7 +109,8 @@ def choose_tiling(
 ) -> Tiling:
     """The fastest tiling by `stage_time`, with the deepest pipeline that fits; the same for all batches of a tile.
 
-    Of those within 2 %: two programs per processor, of which one loads while the other stores or waits, then more rows.
+    Of those within 2 %: whole tiles alone, then two programs per processor, of which one loads while the other stores
+    or waits, then more rows.
     On AMD, where a launch has no barrier inside: a program for each tile, a second tile on its way.
     """
     block_b = batch_tile(batch)
@@ -113,7 +119,7 @@ def choose_tiling(
     if device.amd:
         block_h = rows[0]
         return Tiling(block_h, block_b, block_k, 2, 4, heads * -(-hidden // block_h), device.native_fp8, True, False)
-    found: list[tuple[float, int, Tiling]] = []
+    found: list[tuple[float, bool, int, Tiling]] = []
     for block_h in rows:
         for per_processor in (2, 1):
             for num_stages in (5, 4, 3, 2):
@@ -122,11 +128,14 @@ def choose_tiling(
                 shared = tiling.shared_bytes(*sizes)
                 fits = per_processor * (shared + _KEPT_BACK) <= device.shared_per_processor
                 if fits and shared <= device.shared_per_program and (num_stages > 2 or per_processor == 1):
-                    found.append((stage_time(hidden, heads, tiling, *sizes, device), per_processor, tiling))
+                    rest = heads * -(-hidden // block_h) % programs
+                    for one in (tiling, replace(tiling, spread=True))[: 2 if rest else 1]:
+                        time = stage_time(hidden, heads, one, *sizes, device)
+                        found.append((time, not one.spread, per_processor, one))
                     break
     if not found:
         raise ValueError(
             f"no tile of H={hidden}, batch {batch} fits {device.shared_per_program} bytes of shared memory"
         )
-    fastest = min(time for time, _, _ in found)
-    return max((one for one in found if one[0] <= 1.02 * fastest), key=lambda one: (one[1], one[2].block_h))[2]
+    fastest = min(time for time, *_ in found)
+    return max((one for one in found if one[0] <= 1.02 * fastest), key=lambda one: (*one[1:3], one[3].block_h))[3]

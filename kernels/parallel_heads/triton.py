@@ -5,9 +5,9 @@
     z_0[i] =            SiLU(W[i,0] m      + b[i,0])     m [B, S*H],  W[i,0] [H, S*H]
     z_j[i] = z_j-1[i] + SiLU(W[i,j] z_j-1  + b[i,j])     j = 1..5,    W[i,j] [H, H]
 
-Grid: ``(programs,)``, all of them resident at once.  A stage is ``n * ceil(H / BLOCK_H)`` tiles of output rows; program
-p takes the tiles p, p + programs, ... and walks over them and their K blocks in one flat loop, so that the loads of the
-next tile are under way while the present one ends.  Between two stages every program waits for every other.
+Grid: ``(programs,)``, all of them resident at once.  A stage is ``n * ceil(H / BLOCK_H)`` tiles of output rows, dealt
+out as `stage` says; a program walks over its tiles and their K blocks in one flat loop, so that the loads of the next
+tile are under way while the present one ends.  Between two stages every program waits for every other.
 
 m comes as two blocks of columns, ``rest [B, (S-1)*H]`` and ``last [B, H]``, each with a row stride of its own: o_S and
 the vectors before it are made by different passes, and no concatenation of them is written.  z lies as ``[B, n, H]``:
@@ -31,12 +31,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_gumiho.kernels.eight_bit.decode import multiply, stored_codes
+from vllm_gumiho.kernels.eight_bit.decode import stored_codes
 from vllm_gumiho.kernels.parallel_heads.reference import GAVE_UP, HEAD_STAGES, HeadScales, HeadWeights
+from vllm_gumiho.kernels.parallel_heads.stage import ask_ahead, program_share, run_stage, tile_and_block, weight_tile
 from vllm_gumiho.kernels.parallel_heads.tiling import Tiling
 
 try:
@@ -78,119 +80,22 @@ def _wait(counters_ptr, stage, programs, gave_up, MAX_POLLS: tl.constexpr):
     return gave_up
 
 
-@triton.jit
-def _weight_tile(w_ptr, HEAD_STRIDE: tl.constexpr, tile, k_block, HEADS: tl.constexpr, H: tl.constexpr,
-                 PARTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """Rows of one tile, columns of one K block: ``[BLOCK_H, BLOCK_K]``; zeros beyond the matrix and the last tile.
-
-    K is PARTS times H columns, and no K block reaches over the end of a part.
-    """
-    H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    PART_BLOCKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
-    head = tile // H_TILES
-    rows = (tile % H_TILES) * BLOCK_H + tl.arange(0, BLOCK_H)
-    columns = (k_block % PART_BLOCKS) * BLOCK_K + tl.arange(0, BLOCK_K)
-    # 64-bit: eight heads of H = 8192 are more than 2^31 elements.
-    base = w_ptr + head.to(tl.int64) * HEAD_STRIDE + k_block // PART_BLOCKS * H
-    mask = (rows < tl.where(head < HEADS, H, 0))[:, None] & (columns < H)[None, :]
-    return tl.load(base + rows[:, None] * (PARTS * H) + columns[None, :], mask, other=0.0,
-                   eviction_policy="evict_first")  # fmt: skip
-
-
-@triton.jit
-def _ask_ahead(w_ptr, HEAD_STRIDE: tl.constexpr, tile, HEADS: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr,
-               BLOCK_H: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
-    """Ask the L2 for the first AHEAD bytes of a tile, a line of 128 at a time.  Lines beyond a row's end repeat it."""
-    H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = AHEAD // 128 // BLOCK_H
-    head = tl.minimum(tile // H_TILES, HEADS - 1)
-    rows = tl.minimum((tile % H_TILES) * BLOCK_H + tl.arange(0, BLOCK_H), H - 1)
-    columns = tl.minimum(tl.arange(0, LINES) * LINE, PARTS * H - 1)
-    lines = w_ptr + head.to(tl.int64) * HEAD_STRIDE + rows[:, None] * (PARTS * H) + columns[None, :]
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32,
-                              is_pure=False, pack=1)  # fmt: skip
-
-
-@triton.jit
-def _step(acc, w, step, x_ptr, x_stride, last_ptr, last_stride, b_ptr, s_ptr, B_HEAD_STRIDE: tl.constexpr, out_ptr, B,
-          program, programs, SCALED: tl.constexpr, PACKED: tl.constexpr, RESIDUAL: tl.constexpr,
-          HEADS: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
-          BLOCK_K: tl.constexpr):  # fmt: skip
-    """Add one K block to ``acc [BLOCK_H, BLOCK_B]`` float32; after a tile's last, store its outputs and start anew."""
-    H_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    PART_BLOCKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
-    K_BLOCKS: tl.constexpr = PARTS * PART_BLOCKS
-    tile = program + (step // K_BLOCKS) * programs
-    head = tile // H_TILES
-    columns = (step % PART_BLOCKS) * BLOCK_K + tl.arange(0, BLOCK_K)
-    requests = tl.arange(0, BLOCK_B)
-    if RESIDUAL:  # every head its own input
-        part_ptr, stride = x_ptr + head * H, x_stride
-    elif PARTS == 1:
-        part_ptr, stride = last_ptr, last_stride
-    else:
-        part = (step % K_BLOCKS) // PART_BLOCKS
-        part_ptr = tl.where(part < PARTS - 1, x_ptr + part * H, last_ptr)
-        stride = tl.where(part < PARTS - 1, x_stride, last_stride)
-    # .cg: other programs wrote these in the stage before; only the L2 is common to all.
-    x = tl.load(
-        part_ptr + requests[None, :] * stride + columns[:, None],
-        (requests < B)[None, :] & (columns < H)[:, None],
-        other=0.0,
-        cache_modifier=".cg",
-    )
-    acc = multiply(acc, w, x, PACKED)
-    if step % K_BLOCKS == K_BLOCKS - 1:
-        rows = (tile % H_TILES) * BLOCK_H + tl.arange(0, BLOCK_H)
-        in_head = rows < H
-        if SCALED:
-            acc *= tl.load(s_ptr + head * B_HEAD_STRIDE + rows, in_head, other=0.0)[:, None]
-        acc += tl.load(b_ptr + head * B_HEAD_STRIDE + rows, in_head, other=0.0).to(tl.float32)[:, None]
-        z = acc * tl.sigmoid(acc)
-        where = requests[None, :] * (HEADS * H) + head * H + rows[:, None]
-        mask = in_head[:, None] & (requests < B)[None, :]
-        if RESIDUAL:
-            z += tl.load(x_ptr + where, mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-        tl.store(out_ptr + where, z.to(out_ptr.dtype.element_ty), mask)
-        acc = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
-    return acc
-
-
-@triton.jit
-def _stage(first_w, x_ptr, x_stride, last_ptr, last_stride, w_ptr, W_HEAD_STRIDE: tl.constexpr, b_ptr, s_ptr,
-           B_HEAD_STRIDE: tl.constexpr, out_ptr, B, program, programs, SCALED: tl.constexpr, PACKED: tl.constexpr,
-           RESIDUAL: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, BLOCK_H: tl.constexpr,
-           BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr):  # fmt: skip
-    """This program's tiles of one stage.  first_w: the weight tile of its first step, loaded before the barrier."""
-    TILES: tl.constexpr = HEADS * ((H + BLOCK_H - 1) // BLOCK_H)
-    K_BLOCKS: tl.constexpr = PARTS * ((H + BLOCK_K - 1) // BLOCK_K)
-    if program < TILES:
-        steps = (TILES - program + programs - 1) // programs * K_BLOCKS
-        acc = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
-        acc = _step(acc, first_w, 0, x_ptr, x_stride, last_ptr, last_stride, b_ptr, s_ptr, B_HEAD_STRIDE, out_ptr, B,
-                    program, programs, SCALED, PACKED, RESIDUAL, HEADS, H, PARTS, BLOCK_H, BLOCK_B,
-                    BLOCK_K)  # fmt: skip
-        for step in tl.range(1, steps, num_stages=NUM_STAGES):
-            w = _weight_tile(w_ptr, W_HEAD_STRIDE, program + (step // K_BLOCKS) * programs, step % K_BLOCKS,
-                             HEADS, H, PARTS, BLOCK_H, BLOCK_K)  # fmt: skip
-            acc = _step(acc, w, step, x_ptr, x_stride, last_ptr, last_stride, b_ptr, s_ptr, B_HEAD_STRIDE, out_ptr, B,
-                        program, programs, SCALED, PACKED, RESIDUAL, HEADS, H, PARTS, BLOCK_H, BLOCK_B,
-                        BLOCK_K)  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["B", "begin", "end"])
 def parallel_heads_kernel(rest_ptr, last_ptr, first_w_ptr, first_b_ptr, w_ptr, b_ptr, first_s_ptr, s_ptr, z_ptr,
-                          counters_ptr, rest_stride, last_stride, B, begin, end, FIRST: tl.constexpr,
-                          BARRIER: tl.constexpr, SCALED: tl.constexpr, PACKED: tl.constexpr, HEADS: tl.constexpr,
-                          H: tl.constexpr, PARTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
-                          BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr, MAX_POLLS: tl.constexpr,
-                          AHEAD: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
+                          counters_ptr, parts_ptr, tickets_ptr, rest_stride, last_stride, B, begin, end,
+                          FIRST: tl.constexpr, BARRIER: tl.constexpr, SCALED: tl.constexpr, PACKED: tl.constexpr,
+                          SPREAD: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr,
+                          BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+                          NUM_STAGES: tl.constexpr, MAX_POLLS: tl.constexpr, AHEAD: tl.constexpr,
+                          DEPENDENT: tl.constexpr):  # fmt: skip
     """Stage 0 where FIRST, then the stages begin..end-1, with a barrier before each but the first one run.
 
     rest [B, (PARTS-1)*H] and last [B, H] with the row strides given; weights, biases and scales as in `HeadWeights` and
-    `HeadScales`; z [2, B, HEADS, H]: stage j writes z[j % 2] and reads the other half; counters [6] int32.
+    `HeadScales`; z [2, B, HEADS, H]: stage j writes z[j % 2] and reads the other half; counters [6] int32.  Where
+    SPREAD, parts [2 * programs, BLOCK_H, BLOCK_B] float32, and tickets [programs] int32, which are zero.
     """
+    TILES: tl.constexpr = HEADS * ((H + BLOCK_H - 1) // BLOCK_H)
+    PART_BLOCKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     half = B * (HEADS * H)
@@ -203,22 +108,26 @@ def parallel_heads_kernel(rest_ptr, last_ptr, first_w_ptr, first_b_ptr, w_ptr, b
             for i in range(1, _STAGES - 1):
                 tl.atomic_xchg(counters_ptr + i, 0, sem="relaxed", scope="gpu")
     if FIRST:
-        w = _weight_tile(first_w_ptr, PARTS * H * H, program, 0, HEADS, H, PARTS, BLOCK_H, BLOCK_K)
+        whole, run, _ = program_share(program, programs, TILES, PARTS * PART_BLOCKS, SPREAD)
+        tile, block = tile_and_block(0, program, programs, whole, run, TILES, PARTS * PART_BLOCKS, SPREAD)
+        w = weight_tile(first_w_ptr, PARTS * H * H, tile, block, HEADS, H, PARTS, BLOCK_H, BLOCK_K)
         if DEPENDENT:
             if AHEAD:
-                _ask_ahead(first_w_ptr, PARTS * H * H, program, HEADS, H, PARTS, BLOCK_H, AHEAD)
+                ask_ahead(first_w_ptr, PARTS * H * H, tile, block, HEADS, H, PARTS, BLOCK_H, BLOCK_K, AHEAD)
             gdc_wait()
-        _stage(w, rest_ptr, rest_stride, last_ptr, last_stride, first_w_ptr, PARTS * H * H, first_b_ptr, first_s_ptr, H,
-               z_ptr, B, program, programs, SCALED, PACKED, False, HEADS, H, PARTS, BLOCK_H, BLOCK_B, BLOCK_K,
-               NUM_STAGES)  # fmt: skip
+        run_stage(w, rest_ptr, rest_stride, last_ptr, last_stride, first_w_ptr, PARTS * H * H, first_b_ptr,
+                  first_s_ptr, H, z_ptr, parts_ptr, tickets_ptr, B, program, programs, SCALED, PACKED, SPREAD, False,
+                  HEADS, H, PARTS, BLOCK_H, BLOCK_B, BLOCK_K, NUM_STAGES)  # fmt: skip
         if BARRIER:
             _arrive(counters_ptr)
+    whole, run, _ = program_share(program, programs, TILES, PART_BLOCKS, SPREAD)
+    tile, block = tile_and_block(0, program, programs, whole, run, TILES, PART_BLOCKS, SPREAD)
     for stage in range(begin, end):
         stage_w_ptr = w_ptr + (stage - 1) * (H * H)
         # Weights depend on no other program: the first tile comes in while the slower programs finish.
-        w = _weight_tile(stage_w_ptr, (_STAGES - 1) * H * H, program, 0, HEADS, H, 1, BLOCK_H, BLOCK_K)
+        w = weight_tile(stage_w_ptr, (_STAGES - 1) * H * H, tile, block, HEADS, H, 1, BLOCK_H, BLOCK_K)
         if AHEAD and (BARRIER or DEPENDENT):
-            _ask_ahead(stage_w_ptr, (_STAGES - 1) * H * H, program, HEADS, H, 1, BLOCK_H, AHEAD)
+            ask_ahead(stage_w_ptr, (_STAGES - 1) * H * H, tile, block, HEADS, H, 1, BLOCK_H, BLOCK_K, AHEAD)
         if DEPENDENT:
             gdc_wait()
         if BARRIER:
@@ -226,9 +135,10 @@ def parallel_heads_kernel(rest_ptr, last_ptr, first_w_ptr, first_b_ptr, w_ptr, b
             if (stage == 2) & (program == 0):
                 tl.atomic_xchg(counters_ptr, 0, sem="relaxed", scope="gpu")
         x_ptr = z_ptr + (stage - 1) % 2 * half
-        _stage(w, x_ptr, HEADS * H, x_ptr, HEADS * H, stage_w_ptr, (_STAGES - 1) * H * H, b_ptr + (stage - 1) * H,
-               s_ptr + (stage - 1) * H, (_STAGES - 1) * H, z_ptr + stage % 2 * half, B, program, programs,
-               SCALED, PACKED, True, HEADS, H, 1, BLOCK_H, BLOCK_B, BLOCK_K, NUM_STAGES)  # fmt: skip
+        run_stage(w, x_ptr, HEADS * H, x_ptr, HEADS * H, stage_w_ptr, (_STAGES - 1) * H * H, b_ptr + (stage - 1) * H,
+                  s_ptr + (stage - 1) * H, (_STAGES - 1) * H, z_ptr + stage % 2 * half, parts_ptr, tickets_ptr, B,
+                  program, programs, SCALED, PACKED, SPREAD, True, HEADS, H, 1, BLOCK_H, BLOCK_B, BLOCK_K,
+                  NUM_STAGES)  # fmt: skip
         if BARRIER and stage < end - 1:
             _arrive(counters_ptr + stage)
 
@@ -282,12 +192,16 @@ def parallel_heads_triton(
         raise ValueError("this Triton has no programmatic dependent launch")
     z = last.new_empty(2, batch, heads, hidden)
     first_s, s = scales or (z, z)  # never read where SCALED is false
+    parts = tickets = z  # never read where SPREAD is false
+    if tiling.spread:
+        parts = z.new_empty(2 * tiling.programs, tiling.block_h, tiling.block_b, dtype=torch.float32)
+        tickets = z.new_zeros(tiling.programs, dtype=torch.int32)
     for launch in launch_sequence(counters is not None):
         parallel_heads_kernel[(tiling.programs,)](
             rest, last, weights.first_weight, weights.first_bias, weights.weight, weights.bias, first_s, s, z,
-            z if counters is None else counters, rest.stride(0), last.stride(0), batch, launch.begin, launch.end,
-            launch.first, launch.barrier, scales is not None, tiling.packed, heads, hidden, first_k // hidden,
-            tiling.block_h, tiling.block_b, tiling.block_k, tiling.num_stages, MAX_POLLS,
+            z if counters is None else counters, parts, tickets, rest.stride(0), last.stride(0), batch, launch.begin,
+            launch.end, launch.first, launch.barrier, scales is not None, tiling.packed, tiling.spread, heads, hidden,
+            first_k // hidden, tiling.block_h, tiling.block_b, tiling.block_k, tiling.num_stages, MAX_POLLS,
             BYTES_AHEAD if tiling.packed else 0, dependent, num_warps=tiling.num_warps,
             launch_cooperative_grid=launch.barrier, **({"launch_pdl": True} if dependent else {}),
         )  # fmt: skip

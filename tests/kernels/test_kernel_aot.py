@@ -6,17 +6,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 
 from vllm_gumiho.kernels.aot import TARGETS
 from vllm_gumiho.kernels.device import converts_e4m3
 from vllm_gumiho.kernels.lm_head_argmax.tiles import MAX_ROWS, ROW_TILES
 from vllm_gumiho.kernels.lm_head_argmax.triton import choose_argmax_tiling
 from vllm_gumiho.kernels.parallel_heads import HeadsPath, dispatch
+from vllm_gumiho.kernels.parallel_heads.stage import program_share, taker
 from vllm_gumiho.kernels.parallel_heads.tiling import (
     BATCH_TILES,
     Tiling,
@@ -224,6 +228,33 @@ def test_balance_is_that_of_the_programs():
     assert balance(4096, 5, 32, 264) == pytest.approx(640 / (3 * 264))
     assert balance(4096, 1, 32, 264) == pytest.approx(128 / 264)
     assert balance(4096, 5, 32, 132) > 0.96 > 0.82 > balance(4096, 5, 64, 132)
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(st.integers(1, 600), st.integers(1, 300), st.integers(1, 70))
+def test_no_program_has_more_than_a_k_block_more(tiles, programs, k_blocks):
+    """Of the last round's tiles: every block is dealt out once, to the program that `taker` says."""
+    shares = [program_share.fn(program, programs, tiles, k_blocks, True) for program in range(programs)]
+    rest = tiles % programs * k_blocks
+    assert [block for _, begin, end in shares for block in range(begin, end)] == list(range(rest))
+    lengths = [end - begin for _, begin, end in shares]
+    assert max(lengths) - min(lengths) <= 1
+    assert max(lengths) <= k_blocks, "a run has parts of two tiles at most, which have two slots"
+    assert {whole for whole, _, _ in shares} == {tiles // programs * k_blocks}
+    for program, (_, begin, end) in enumerate(shares):
+        assert all(taker.fn(block, programs, rest) == program for block in (begin, end - 1) if begin < end)
+
+
+def test_a_round_is_spread_where_it_pays():
+    """Of an H100, by the model of a stage's time: 320 tiles of 8-bit weights leave 56 for 264 programs."""
+    h100 = TARGETS["cuda:90"]
+    for weight_bytes, hidden, heads, pays in ((1, 4096, 5, True), (1, 4096, 1, True), (2, 4096, 5, False)):
+        tiling = choose_tiling(1, heads, hidden, weight_bytes, 2, h100)
+        assert tiling.spread is pays
+        other = replace(tiling, spread=not pays)
+        times = [stage_time(hidden, heads, one, weight_bytes, 2, h100) for one in (tiling, other)]
+        assert times[0] < times[1] * (0.98 if pays else 1.02)
+    assert not any(choose_tiling(1, n, 4096, 1, 2, TARGETS["hip:gfx942"]).spread for n in range(1, 6))
 
 
 def test_a_stages_time_counts_the_last_round_and_the_l2():

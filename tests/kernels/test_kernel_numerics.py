@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_gumiho.kernels import parallel_heads as heads
 from vllm_gumiho.kernels.parallel_heads.dispatch import _INTERPRETED
-from vllm_gumiho.kernels.parallel_heads.tiling import choose_tiling
+from vllm_gumiho.kernels.parallel_heads.tiling import Tiling, choose_tiling
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -113,8 +113,8 @@ class TestParallelHeads:
         weights, m = head_weights(1, 32, 1, torch.float32), torch.randn(1, 32)
         z = torch.empty(2, 1, 1, 32)
         parallel_heads_kernel[(2,)](
-            m, m, weights.first_weight, weights.first_bias, weights.weight, weights.bias, z, z, z, counters,
-            32, 32, 1, 1, heads.HEAD_STAGES, True, True, False, False, 1, 32, 1, 16, 16, 32, 1, polls, 0, False,
+            m, m, weights.first_weight, weights.first_bias, weights.weight, weights.bias, z, z, z, counters, z, z,
+            32, 32, 1, 1, heads.HEAD_STAGES, True, True, False, False, False, 1, 32, 1, 16, 16, 32, 1, polls, 0, False,
         )  # fmt: skip
 
     @pytest.mark.parametrize(("set_before", "tries"), [(False, 50), (True, 0)])
@@ -195,6 +195,58 @@ class TestParallelHeads:
         small, scales = heads.quantize_heads(weights)
         assert heads.choose_path(m, small, scales)[0] is heads.HeadsPath.STAGES
         assert_heads(heads.parallel_heads(m, small, scales), m, heads.dequantize_heads(small, scales, torch.float32))
+
+    @staticmethod
+    def spread(n, hidden, programs, m, weights, scales=None, tile=16, spread=True) -> Tensor:
+        """z of a launch per stage whose last round's tiles are dealt out by K blocks of 32 columns."""
+        from vllm_gumiho.kernels.parallel_heads.triton import parallel_heads_triton
+
+        tiling = Tiling(tile, 16, 32, 2, 4, programs, spread=spread)
+        last = m.shape[1] - hidden
+        return parallel_heads_triton(m[:, :last], m[:, last:], weights, scales, tiling, None)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(
+        # Tiles of 16 rows: 10, 9, 5 and 3; a run within a tile, over two, of whole tiles, and programs without any.
+        ("n", "hidden", "steps", "programs"), [(2, 80, 2, 4), (1, 144, 1, 7), (1, 80, 2, 8), (1, 48, 3, 40)]
+    )  # fmt: skip
+    def test_the_last_round_is_spread(self, poisoned, dtype, n, hidden, steps, programs):
+        weights, m = head_weights(n, hidden, steps, dtype), torch.randn(3, steps * hidden).to(dtype)
+        assert_heads(self.spread(n, hidden, programs, m, weights), m, weights)
+
+    @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8], ids=str)
+    def test_8_bit_tiles_are_spread(self, poisoned, kind):
+        weights, scales = heads.quantize_heads(head_weights(2, 80, 2, torch.bfloat16), kind)
+        m = torch.randn(3, 160).bfloat16()
+        z = self.spread(2, 80, 3, m, weights, scales, tile=64)
+        assert_heads(z, m, heads.dequantize_heads(weights, scales, torch.float32))
+
+    @pytest.mark.parametrize("order", ["backwards", "shuffled"])
+    def test_whoever_comes_last_sums_the_parts_in_their_order(self, poisoned, monkeypatch, order):
+        """z is the same, to the bit, in whatever order programs run."""
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        weights, m = head_weights(1, 80, 2, torch.float32), torch.randn(3, 160)
+        forward = self.spread(1, 80, 8, m, weights)
+        places = list(range(8))[::-1] if order == "backwards" else torch.randperm(8).tolist()
+        assert places != sorted(places)
+        place, seen = InterpreterBuilder.set_grid_idx, []
+
+        def other(self, x, y, z):
+            seen.append(places[x])
+            place(self, places[x], y, z)
+
+        monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", other)
+        assert torch.equal(self.spread(1, 80, 8, m, weights), forward)
+        assert seen[:8] == places
+        assert not torch.equal(forward, self.spread(1, 80, 8, m, weights, spread=False)), "sums of whole tiles"
+
+    @settings(max_examples=8, deadline=None, database=None)
+    @given(st.integers(1, 3), st.integers(1, 8), st.integers(1, 16), st.integers(1, 3), st.integers(1, 30))
+    def test_any_number_of_programs(self, n, sixteenths, batch, steps, programs):
+        hidden = 16 * sixteenths
+        weights, m = head_weights(n, hidden, steps, torch.float32), torch.randn(batch, steps * hidden)
+        assert_heads(self.spread(n, hidden, programs, m, weights), m, weights)
 
     def test_first_heads_only(self, poisoned):
         weights, m = head_weights(3, 32, 2, torch.float32), torch.randn(2, 64)
