@@ -13,9 +13,14 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from typing import Any
+
+_WATCH_S = 1.0
 
 
 def start_engine(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -52,8 +57,18 @@ def engine_facts(llm: Any) -> dict[str, Any]:
     }
 
 
+def end_with(parent: int) -> None:
+    """End this process and its children when its parent has ended, killed perhaps, in the midst of a request."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH_S)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
     """Work until the input ends; exit code 1 where nothing could be started."""
+    # A session of its own (see `process.spawn`), so that the group is this process and what it starts.
+    if os.getpid() == os.getpgrp():
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
