@@ -24,7 +24,7 @@ def generate(
     sampled: Annotated[float, typer.Option(help="Share of answers sampled at T=0.8, the rest greedy.")] = 0.3,
     shard: Annotated[str, typer.Option(help="I/N: answer the I-th (from 0) of N disjoint shares.")] = "0/1",
     evaluation_prompts: EvaluationPrompts = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Answers decoded at once; a GPU takes some hundred.", min=1)] = 96,
+    concurrency: Annotated[int, typer.Option(help="Most requests at once; a GPU takes some hundred.", min=1)] = 96,
     seed: Annotated[int, typer.Option(help="Of who is sampled, and of the samples.")] = 0,
     limit: Annotated[int, typer.Option(help="Answer at most that many; 0 is all.")] = 0,
     enforce_eager: Annotated[
@@ -51,7 +51,7 @@ def generate(
         (int(index), int(count)),
         limit,
         seed=seed,
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=concurrency,
         enforce_eager=enforce_eager,
         **(kv_cache_of(kv_cache_gib) if kv_cache_gib else {}),
     )
