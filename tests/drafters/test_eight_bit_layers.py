@@ -187,12 +187,12 @@ def checkpoint(folder, **more):
 
 @pytest.mark.parametrize(("asked", "environment", "int8", "found"), [
     (None, None, False, DraftWeights()), ("auto", "fp8", False, DraftWeights()),
-    (None, None, True, DraftWeights()), ("bf16", None, True, DraftWeights()),
+    (None, None, True, DraftWeights("int8", "int8")), ("bf16", None, True, DraftWeights()),
     ("fp8", None, True, DraftWeights("fp8", "fp8")), ("int8", "fp8", False, DraftWeights("int8", "int8")),
     (None, "fp8", False, DraftWeights("fp8", "fp8")),
 ])  # fmt: skip
 def test_what_is_asked_for(monkeypatch, tmp_path, asked, environment, int8, found):
-    """On a CPU an int8 checkpoint is widened."""
+    """On a CPU an int8 checkpoint has an int8 copy of the LM head too."""
     monkeypatch.delenv(DRAFT_WEIGHTS.name, raising=False)
     if environment is not None:
         monkeypatch.setenv(DRAFT_WEIGHTS.name, environment)

@@ -75,7 +75,7 @@ KEYS = (
     Key(
         "draft_weights",
         READ,
-        "`auto` (default: as the checkpoint is, on a CPU int8 widened), `bf16` (the engine's dtype), `fp8` or `int8`, "
+        "`auto` (default: as the checkpoint is), `bf16` (the engine's dtype), `fp8` or `int8`, "
         "a copy of the LM head included.",
     ),
     Key("draft_load_config", REFUSED, "Gumiho reads its checkpoints itself."),

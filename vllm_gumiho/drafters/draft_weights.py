@@ -62,8 +62,8 @@ def asked_for(asked: Any) -> Any:
 def choose(asked: Any, checkpoint: Checkpoint) -> DraftWeights:
     """What a request for ``asked``, None for the environment's word, means for this checkpoint.
 
-    ``auto``: matrices as the checkpoint has them, the target's own LM head.  On a CPU int8 is widened: its
-    products with int8 round their inputs too, and what that costs in acceptance has not been measured.
+    ``auto``: matrices as the checkpoint has them, the target's own LM head.  On a CPU an int8 checkpoint drafts by an
+    int8 copy of the LM head too: with it drafts take half their time there (docs/results/draft-weights.md).
 
     Raises: DraftWeightsError for another value, and for 8 bits with a drafter that has no such model.
     """
@@ -75,8 +75,8 @@ def choose(asked: Any, checkpoint: Checkpoint) -> DraftWeights:
         )
     takes = checkpoint.drafter.takes_eight_bits
     if asked == AUTO:
-        kept = checkpoint.eight_bit if takes and not (checkpoint.eight_bit == "int8" and _on_cpu()) else None
-        return DraftWeights(matrices=kept or WIDE)
+        kept = (checkpoint.eight_bit if takes else None) or WIDE
+        return DraftWeights(kept, kept if kept == "int8" and _on_cpu() else WIDE)
     if asked != WIDE and not takes:
         raise DraftWeightsError(
             f"{source}={asked!r} with {checkpoint.path}: {checkpoint.drafter.title} drafts in the engine's own dtype; "
