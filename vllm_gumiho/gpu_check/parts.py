@@ -220,6 +220,8 @@ class Check:
             "max_model_len": 256,
             "max_num_seqs": 8,
             "enforce_eager": not graphs or self.machine.on_cpu,
+            # Kernels are compiled when they are first used: ahead it takes twenty seconds more, for shapes never met.
+            "kernel_config": {"enable_jit_warmup": False},
             **({"speculative_config": drafts} if speculative else {}),
             **({} if self.machine.on_cpu else {"attention_backend": "TRITON_ATTN", **kv_cache_of(1)}),
             **more,
