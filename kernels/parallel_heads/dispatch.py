@@ -68,6 +68,11 @@ _MPS_ENABLED = 133  # CU_DEVICE_ATTRIBUTE_MPS_ENABLED
 _INTERPRETED = Device(processors=2, shared_per_processor=228 << 10, shared_per_program=227 << 10, packed=False)
 
 
+def device_of(device: torch.device) -> Device:
+    """What the choice of tiles depends on; of a CPU, what the interpreter runs."""
+    return _INTERPRETED if device.type == "cpu" else _device(device.index or 0)
+
+
 def _heads_inputs(m: Tensor | Sequence[Tensor], hidden: int) -> tuple[Tensor, Tensor]:
     """m as ``rest [B, (S-1)*H]`` and ``last [B, H]``.  Copies nothing for a tensor or up to two column blocks."""
     if isinstance(m, Tensor):
@@ -169,7 +174,7 @@ def parallel_heads(
     from vllm_gumiho.kernels.parallel_heads.triton import parallel_heads_triton
 
     on_cpu = one.device.type == "cpu"
-    device = _INTERPRETED if on_cpu else _device(one.device.index or 0)
+    device = device_of(one.device)
     if path is not HeadsPath.FUSED:
         counters = None
     elif counters is None:

@@ -107,19 +107,34 @@ def _shapes(weight_bytes: int, amd: bool) -> tuple[tuple[int, ...], int]:
 def choose_tiling(
     batch: int, heads: int, hidden: int, weight_bytes: int, activation_bytes: int, device: Device
 ) -> Tiling:
-    """The fastest tiling by `stage_time`, with the deepest pipeline that fits; the same for all batches of a tile.
+    """The fastest of `fitting_tilings` by `stage_time`; the same for all batches of a tile.
 
     Of those within 2 %: whole tiles alone, then two programs per processor, of which one loads while the other stores
     or waits, then more rows.
-    On AMD, where a launch has no barrier inside: a program for each tile, a second tile on its way.
+    """
+    found = fitting_tilings(batch, heads, hidden, weight_bytes, activation_bytes, device)
+    if len(found) == 1:
+        return found[0]
+    times = {one: stage_time(hidden, heads, one, weight_bytes, activation_bytes, device) for one in found}
+    near = [one for one in found if times[one] <= 1.02 * min(times.values())]
+    return max(near, key=lambda one: (not one.spread, one.programs, one.block_h))
+
+
+def fitting_tilings(
+    batch: int, heads: int, hidden: int, weight_bytes: int, activation_bytes: int, device: Device
+) -> list[Tiling]:
+    """Every tiling to choose from, each with the deepest pipeline that fits; whole tiles before spread ones.
+
+    On AMD, where a launch has no barrier inside, there is one: a program for each tile, a second tile on its way.
+    Raises: ValueError where none fits.
     """
     block_b = batch_tile(batch)
     sizes = weight_bytes, activation_bytes
     rows, block_k = _shapes(weight_bytes, device.amd)
     if device.amd:
         block_h = rows[0]
-        return Tiling(block_h, block_b, block_k, 2, 4, heads * -(-hidden // block_h), device.native_fp8, True, False)
-    found: list[tuple[float, bool, int, Tiling]] = []
+        return [Tiling(block_h, block_b, block_k, 2, 4, heads * -(-hidden // block_h), device.native_fp8, True, False)]
+    found: list[Tiling] = []
     for block_h in rows:
         for per_processor in (2, 1):
             for num_stages in (5, 4, 3, 2):
@@ -129,13 +144,10 @@ def choose_tiling(
                 fits = per_processor * (shared + _KEPT_BACK) <= device.shared_per_processor
                 if fits and shared <= device.shared_per_program and (num_stages > 2 or per_processor == 1):
                     rest = heads * -(-hidden // block_h) % programs
-                    for one in (tiling, replace(tiling, spread=True))[: 2 if rest else 1]:
-                        time = stage_time(hidden, heads, one, *sizes, device)
-                        found.append((time, not one.spread, per_processor, one))
+                    found += (tiling, replace(tiling, spread=True))[: 2 if rest else 1]
                     break
     if not found:
         raise ValueError(
             f"no tile of H={hidden}, batch {batch} fits {device.shared_per_program} bytes of shared memory"
         )
-    fastest = min(time for time, *_ in found)
-    return max((one for one in found if one[0] <= 1.02 * fastest), key=lambda one: (*one[1:3], one[3].block_h))[3]
+    return found

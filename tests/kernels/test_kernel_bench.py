@@ -18,8 +18,9 @@ from vllm_gumiho.kernels.bench.draft_round import RoundCase
 TINY_ROUND = RoundCase(2, 64, 96, 4, 2, vocab=101, heads=2, context=5, dtype=torch.float32, device="cpu")
 
 
-def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vllm_gumiho.kernels.bench", *arguments]
+def run_bench(*arguments: str, module: str = "") -> subprocess.CompletedProcess[str]:
+    name = ".".join(filter(None, ("vllm_gumiho.kernels.bench", module)))
+    command = [sys.executable, "-m", name, *arguments]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -39,9 +40,25 @@ def test_dry_run(tmp_path):
     assert "GB/s" not in run.stdout
 
 
+def test_every_tiling_is_run_and_held_to_the_reference(tmp_path):
+    found = tmp_path / "tilings.json"
+    run = run_bench("--dry-run", "--output", str(found), module="tilings")
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = json.loads(found.read_text())["lines"]
+    shapes = {(line["heads"], line["weights"]) for line in lines}
+    assert shapes == {(heads, weights) for heads in (2, 3) for weights in ("bf16", "fp8")}
+    assert all(line["error"] <= line["tolerance"] and line["microseconds"] is None for line in lines)
+    assert {line["tiling"]["spread"] for line in lines} == {False, True}
+    for shape in shapes:
+        of = [line for line in lines if (line["heads"], line["weights"]) == shape]
+        (chosen,) = (line for line in of if line["chosen"])
+        assert chosen["model"] <= 1.02 * min(line["model"] for line in of)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_device(tmp_path):
-    run = run_bench("--output", str(tmp_path / "none.json"))
+@pytest.mark.parametrize("module", ["", "tilings"])
+def test_without_a_device(tmp_path, module):
+    run = run_bench("--output", str(tmp_path / "none.json"), module=module)
     assert run.returncode == 2
     assert run.stderr.count("\n") == 1
     assert "--dry-run" in run.stderr
