@@ -171,8 +171,8 @@ def test_the_log_says_in_one_line_what_drafts(server):
     assert len(lines) == 1
     why = re.escape("(no GPU; VLLM_GUMIHO_KERNELS=1 asks for the Triton kernels all the same)")
     assert re.search(
-        rf"heads/smollm2-135m-instruct: K=7, model runner V1, heads by vLLM's int8 products {why}, argmax by logits {why}, "
-        r"weights in int8 \(\d+\.\d\d MB\), LM head in int8 \(\d+\.\d\d MB more\)$",
+        rf"heads/smollm2-135m-instruct: K=7, model runner V1, heads by vLLM's int8 products {why}, "
+        rf"argmax by logits {why}, weights in int8 \(\d+\.\d\d MB\), LM head in int8 \(\d+\.\d\d MB more\)$",
         lines[0],
     )
 
