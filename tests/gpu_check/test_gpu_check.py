@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import typer
 
+from vllm_gumiho.engines.record import record_drafts
 from vllm_gumiho.errors import EngineError, GpuCheckError
 from vllm_gumiho.gpu_check import command, parts
 from vllm_gumiho.gpu_check.command import gpu_check, run_part
@@ -162,6 +164,23 @@ def test_engines_that_lose_by_the_kernels_do_not_hold(monkeypatch, tmp_path):
     monkeypatch.setattr(check, "_rate", lambda engine, count: speed[engine.answers["switch"], count])
     outcome = check.engine_speed("speed of engines")
     assert outcome.problems == ["0.96 of the speed at batch 32"]
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("record", [False, True])
+def test_drafts_of_v1_are_recorded_without_async_scheduling(monkeypatch, tmp_path, runner, record):
+    """A GPU's default: with it the worker keeps V1's drafts to itself."""
+    check, jobs = Check(Machine(1), tmp_path, math.inf), []
+    monkeypatch.setattr(check, "worker", lambda name, job, **environment: jobs.append(job))
+    check._engine("part", runner, {}, "1", record)
+    assert jobs[0]["llm"].get("async_scheduling") == (False if record and runner == "v1" else None)
+
+
+def test_drafts_that_stay_in_the_worker_are_not_watched():
+    config = SimpleNamespace(use_v2_model_runner=False, scheduler_config=SimpleNamespace(async_scheduling=True))
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))
+    with pytest.raises(EngineError, match="cannot be watched with async scheduling; give async_scheduling=False"):
+        record_drafts(llm)
 
 
 def test_a_gpus_kernels_are_checked_at_every_shape():
