@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -71,7 +70,7 @@ def run(inputs: HeadsInputs, tiling: Tiling, small: bool, counters: Tensor | Non
     return parallel_heads_triton(rest, last, weights, scales, tiling, counters, False)
 
 
-def measure(case: HeadsCase, weights: str, timed: bool) -> Iterator[Line]:
+def measure(case: HeadsCase, weights: str, timed: bool) -> list[Line]:
     """Every fitting tiling of a case, by one launch where it can be; the right ones are timed in turn."""
     method = "triton, fp8 weights" if weights == "fp8" else "triton"
     sizes = 1 if weights == "fp8" else case.dtype.itemsize, case.dtype.itemsize
@@ -93,7 +92,7 @@ def measure(case: HeadsCase, weights: str, timed: bool) -> Iterator[Line]:
     for number, microseconds in zip(graphs, timing.in_turn(list(graphs.values())) if graphs else [], strict=True):
         lines[number].microseconds = microseconds
         lines[number].gigabytes_per_second = case.bytes(method) / microseconds / 1e3
-    yield from lines
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -108,7 +108,7 @@ def engine(args: argparse.Namespace, kind: str, length: int, path: str) -> Any:
         "max_num_seqs": max(BATCHES),
         "enforce_eager": True,
         "enable_prefix_caching": False,
-        "speculative_config": speculative | {"draft_weights": kind},
+        "speculative_config": speculative,
     }
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": path}
     return Worker("draft_time_main", {"llm": llm}, kind, environment=environment)
