@@ -23,10 +23,13 @@ def block(request, monkeypatch):
 
 
 def in_rows(picked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Segments and anchors ``[R, T]`` of two rows with padding between and after the sequences of `LENGTHS`."""
+    """Segments and anchors ``[R, T]`` of two rows with padding between and after the sequences of `LENGTHS`.
+
+    The last one, which has anchors, follows others in its row: what it sees of them would show.
+    """
     segments, anchors = (torch.zeros(2, 50, dtype=kind) for kind in (torch.long, torch.bool))
     start = 0
-    for number, (length, (row, at)) in enumerate(zip(LENGTHS, [(0, 0), (0, 37), (0, 46), (1, 0)], strict=True), 1):
+    for number, (length, (row, at)) in enumerate(zip(LENGTHS, [(0, 0), (1, 0), (1, 9), (1, 12)], strict=True), 1):
         segments[row, at : at + length] = number
         anchors[row, at : at + length] = picked[start : start + length]
         start += length
