@@ -103,3 +103,21 @@ def test_many_moa_drafts_in_one_pass_are_those_of_the_plain_reference(tmp_path, 
     record.drafts[1].tokens[2] = (record.drafts[1].tokens[2] + 1) % tiny.VOCAB
     (wrong, *_) = check(record, target, checkpoint, 99, exact=True, engines_features=False)["wrong"]
     assert "after 8 tokens: draft token 2 is" in wrong
+
+
+def test_many_drafts_from_layers_are_those_of_the_plain_reference(tmp_path):
+    target = tiny.write_target(tmp_path / "target", num_hidden_layers=tiny.TARGET_LAYERS)
+    checkpoint = tiny.write_released(tmp_path / "layered", tiny.layered_tensors())
+    reference, text = reference_of(target, checkpoint), torch.tensor([5 + i * 11 % 140 for i in range(22)])
+    held = tiny_moa.TargetStates(target, tiny.LAYERS).states(text[:-1].tolist())
+    torch.testing.assert_close(reference.read(plain_target(target), text[:-1]), held)
+    drafts = [reference.draft(text[:n], reference.first_features(held[: n - 1])) for n in LENGTHS]
+    tokens = torch.tensor([tokens for tokens, _ in drafts])
+    wanted = torch.stack([torch.stack(found) @ reference.lm_head.T for _, found in drafts])
+    for given in (held, held.flatten(1)):
+        logits = reference.logits(text, given, torch.tensor(LENGTHS), tokens)
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    # A state that is another token's, or another layer's, makes other drafts.
+    for wrong in (held.roll(1, 0), held.roll(1, 1)):
+        other = reference.logits(text, wrong, torch.tensor(LENGTHS), tokens)
+        assert (other.argmax(-1) != tokens).any(1).all()

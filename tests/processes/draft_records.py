@@ -133,6 +133,7 @@ def _by_speculator(runner: Any, record: Record) -> None:
 
     def recording(input_batch: Any, attn_metadata: Any, slots: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         found = propose(input_batch, attn_metadata, slots, hidden, *args, **kwargs)
+        held = torch.cat(args[0], dim=-1) if args[0] else hidden
         if kwargs.get("dummy_run") or kwargs.get("is_profile"):
             return found
         num_sampled, num_rejected, temperature = args[1], args[2], args[5]
@@ -141,7 +142,7 @@ def _by_speculator(runner: Any, record: Record) -> None:
             name = input_batch.req_ids[row]
             kept = record.features.setdefault(name, {})
             for i in range(starts[row], starts[row + 1] - int(num_rejected[row])):
-                kept[int(input_batch.positions[i])] = hidden[i].clone()
+                kept[int(input_batch.positions[i])] = held[i].clone()
             if num_sampled[row] > 0:  # else more of its prompt is to come
                 length = int(states.total_len.gpu[slot])
                 record.texts[name] = states.all_token_ids.gpu[slot, :length].tolist()

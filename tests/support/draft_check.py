@@ -7,6 +7,7 @@ not run as the engine does (quantised, with adapters), from what the engine gave
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,23 @@ class ManyDrafts(ReferenceDrafter):
         return torch.stack((*hidden, *heads), dim=1)
 
 
+@dataclass
+class ManyLayered(ManyDrafts):
+    """Of a drafter whose first serial step reads states of target layers, ``[T, m, H]`` where a feature is taken."""
+
+    layers: tuple[int, ...] = ()
+
+    def read(self, model: Any, tokens: Tensor) -> Tensor:
+        from tiny_moa import TargetStates
+
+        return TargetStates(model, self.layers).states(tokens.tolist())
+
+    def states(self, tokens: Tensor, features: Tensor, lengths: Tensor, drafted: Tensor) -> Tensor:
+        # An engine gives them side by side.
+        states = features.view(len(features), len(self.layers), -1)
+        return super().states(tokens, self.first_features(states), lengths, drafted)
+
+
 # What checkpoints call the embedding and the LM head.
 EMBEDDINGS = (
     "model.embed_tokens.weight", "model.language_model.embed_tokens.weight", "model.decoder.embed_tokens.weight",
@@ -213,7 +231,9 @@ def reference_of(
     if weights.head_dtype is not None:
         head = dequantise_rows(quantise_rows(head, weights.head_dtype))
     first = next(tensor for name, tensor in tensors.items() if name == "mlp.0.0.linear.weight")
-    return ManyDrafts(
+    layers: tuple[int, ...] = opened.sizes.target_layers  # type: ignore[attr-defined]
+    kind = partial(ManyLayered, layers=layers) if layers else ManyDrafts
+    return kind(
         weights=tensors,
         embed=embed,
         lm_head=head[:size],

@@ -31,7 +31,7 @@ class Key:
 
 
 KEYS = (
-    Key("method", READ, '`"gumiho"` or `"moa"`. It may be left out where `model` is a checkpoint of one of them.'),
+    Key("method", READ, '`"gumiho"` or `"moa"`. It may be left out where `model` is a checkpoint of ours.'),
     Key("model", READ, "Draft checkpoint: a folder, a weight file or a hub name. Without it, the target's known one."),
     Key(
         "num_speculative_tokens",

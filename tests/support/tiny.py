@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vllm_gumiho.drafters.gumiho.trainable import GumihoDrafter
+from vllm_gumiho.drafters.gumiho.trainable import GumihoDrafter, LayeredGumihoDrafter
 from vllm_gumiho.drafters.trainable_layers import DrafterConfig
 
 VOCAB, HIDDEN = 160, 64
@@ -74,6 +74,24 @@ def drafter_tensors(seed: int = 0, **changes) -> dict[str, Tensor]:
     drafter.init_weights(1.0, 1.0)
     with torch.no_grad():
         drafter.fc.bias.normal_(std=0.1)
+    return {name: tensor.detach().contiguous() for name, tensor in drafter.state_dict().items()}
+
+
+# Of a target of four layers: its embedding, an inner state, and the last one before the final norm.
+LAYERS, TARGET_LAYERS = (0, 2, 4), 4
+
+
+def layered_tensors(seed: int = 0, layers: tuple[int, ...] = LAYERS, **changes) -> dict[str, Tensor]:
+    """Of a drafter whose first serial step reads states; each layer's weighs as much as another's."""
+    torch.manual_seed(seed)
+    drafter = LayeredGumihoDrafter(drafter_config(target_layers=layers, **changes))
+    drafter.init_weights(1.0, 1.0)
+    with torch.no_grad():
+        for parameter in (drafter.fc.bias, drafter.combine.bias):
+            parameter.normal_(std=0.1)
+        drafter.combine.weight.normal_(std=drafter.combine.in_features**-0.5)
+        for norm in drafter.state_norms.values():
+            norm.weight.normal_(1.0, 0.3)
     return {name: tensor.detach().contiguous() for name, tensor in drafter.state_dict().items()}
 
 

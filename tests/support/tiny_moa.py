@@ -15,9 +15,7 @@ from torch import Tensor
 from vllm_gumiho.drafters.moa.layout import LayerShape
 from vllm_gumiho.drafters.moa.trainable import MoaConfig, MoaDrafter
 
-# Of a target of four layers: its embedding, an inner state, and the last one before the final norm.
-LAYERS = (0, 2, 4)
-TARGET_LAYERS = 4
+LAYERS, TARGET_LAYERS = tiny.LAYERS, tiny.TARGET_LAYERS
 
 
 def config(hidden_size: int = tiny.HIDDEN, layers: tuple[int, ...] = LAYERS, vocab_size: int = tiny.VOCAB) -> MoaConfig:

@@ -16,14 +16,14 @@ from vllm_gumiho.training.data import PackedRows, Sample
 from vllm_gumiho.training.optimizer import MuonWithAdamW, apart
 from vllm_gumiho.training.recipe import FITTED_RATE
 from vllm_gumiho.training.recipes import new_drafter
-from vllm_gumiho.training.start import RidgeRegression, linear_fit, start_linear
+from vllm_gumiho.training.start import RidgeRegression, start_linear
 from vllm_gumiho.training.trainer import train
 from vllm_gumiho.training.unrolling import draft, valid_anchors
 
 CPU = torch.device("cpu")
 
 
-def test_streamed_ridge_regression_is_least_squares():
+def test_streamed_ridge_regression_is_least_squares(monkeypatch):
     torch.manual_seed(0)
     # Inputs of very different sizes, as embeddings and features are; one is always zero.
     x = torch.randn(300, 12) * torch.logspace(-2, 2, 12)
@@ -35,10 +35,11 @@ def test_streamed_ridge_regression_is_least_squares():
     assert fit.rows == 300
     x, y = x.double(), y.double()
     for ridge in (1e-3, 0.1):
+        monkeypatch.setattr(start, "RIDGE", ridge)
         # Ridge is least squares with rows that ask for coefficients of zero.
         asked = (ridge * x.square().sum(0)).sqrt().diag()
         wanted = torch.linalg.lstsq(torch.cat((x, asked)), torch.cat((y, torch.zeros(12, 4))), driver="gelsd").solution
-        torch.testing.assert_close(fit.solve(ridge), wanted, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(fit.solve(), wanted, rtol=1e-4, atol=1e-6)
     assert not fit.solve()[5].any()
 
 
@@ -67,30 +68,82 @@ def world():
     return PackedRows(samples, 64), embed, features_of, torch.cat((a.T, b.T), dim=1), offset
 
 
+def drafter_of(target, folder, name="unrolled", **changes):
+    """An initialised drafter of a recipe."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(target)
+    drafter = new_drafter(recipe(target, "d", folder, recipe=name, **changes), config)
+    drafter.init_weights(1.0, 1.0)
+    return drafter
+
+
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_the_fit_finds_the_map_that_made_the_features(monkeypatch, world, at_once):
-    monkeypatch.setattr(RidgeRegression.solve, "__defaults__", (1e-9,))
+def test_the_fit_finds_the_map_that_made_the_features(monkeypatch, world, tmp_path, tiny_target, at_once):
+    monkeypatch.setattr(start, "RIDGE", 1e-9)
     monkeypatch.setattr(start, "_rows_at_once", lambda device: at_once)
     rows, embed, features_of, weight, offset = world
-    found, bias, seen = linear_fit(rows, embed, features_of, 10**6, bias=True)
+    drafter = drafter_of(tiny_target, tmp_path)
+    seen = start_linear(drafter, rows, embed, features_of, 10**6)
     assert seen == sum(int(valid_anchors(*(row[n][None] for n in ("segments", "answer")), 1).sum()) for row in rows)
-    torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(bias, offset, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(drafter.fc.weight.detach(), weight, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(drafter.fc.bias.detach(), offset, rtol=1e-3, atol=1e-3)
     # EAGLE-1's fc has no bias; and a fit may be told how much to read.
-    found, bias, some = linear_fit(rows, embed, features_of, 40, bias=False)
-    assert bias is None
-    assert found.shape == weight.shape
+    drafter = drafter_of(tiny_target, tmp_path, "eagle")
+    some = start_linear(drafter, rows, embed, features_of, 40)
+    assert drafter.fc.bias is None
     assert 40 <= some < seen
+
+
+def test_a_first_step_that_reads_layers_is_fitted_on_them(monkeypatch, world, tmp_path, tiny_target):
+    """As good as least squares with an ``fc`` of its own, where a state knows of what the feature does not."""
+    monkeypatch.setattr(start, "RIDGE", 1e-9)
+    monkeypatch.setattr(start, "OWN_FEATURE", 1e-9)
+    _, embed, _, weight, offset = world
+    rng = random.Random(1)
+    texts = [[rng.randrange(tiny.VOCAB) for _ in range(24)] for _ in range(400)]
+    rows = PackedRows([Sample(f"s{i}", ((text[:4], text[4:]),)) for i, text in enumerate(texts)], 64)
+    a, b = weight[:, : tiny.HIDDEN].T, weight[:, tiny.HIDDEN :].T
+    told, mixed = torch.randn(512, tiny.HIDDEN), torch.randn(tiny.HIDDEN, tiny.HIDDEN)
+
+    def unit(x):
+        return x / x.square().mean(-1, keepdim=True).sqrt()
+
+    def held_of(batch):
+        """Features of unit size, behind them a state of that direction, and one that makes up half of what is next."""
+        h = torch.zeros(*batch["input_ids"].shape, tiny.HIDDEN)
+        extra = unit(told[(batch["input_ids"] * 7 + batch["positions"]) % 512])
+        for t in range(h.shape[1]):
+            before = h[:, t - 1] @ b + extra[:, t - 1] @ mixed if t else 0.0
+            h[:, t] = unit(embed[batch["input_ids"][:, t]] @ a + before + offset)
+        return torch.cat((h, 3.0 * h, 0.2 * extra), dim=-1)
+
+    drafter = drafter_of(tiny_target, tmp_path, "unrolled-layers", target_layers=[0, 2])
+    start_linear(drafter, rows, embed, held_of, 10**6)
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    held, anchors = held_of(batch), valid_anchors(batch["segments"], batch["answer"], 1)
+    at = anchors.flatten().nonzero()[:, 0]
+    h, states = held.flatten(0, 1).split((tiny.HIDDEN, 2 * tiny.HIDDEN), dim=-1)
+    tokens = embed[batch["input_ids"].flatten()[at + 1]]
+    x, y = torch.cat((tokens, states[at], torch.ones(len(at), 1)), dim=1), h[at + 1]
+    best = (x @ torch.linalg.lstsq(x, y, driver="gelsd").solution - y).norm()
+
+    def missed():
+        given = batch["input_ids"], held, batch["positions"], batch["segments"], anchors
+        with torch.no_grad():
+            return (draft(drafter, embed, *given).serial[0] - y).norm()
+
+    assert missed() < 1.25 * best
+    with torch.no_grad():
+        drafter.combine.weight[:, tiny.HIDDEN :] = 0.0
+    assert missed() > 1.5 * best
 
 
 @pytest.mark.parametrize("name", ["unrolled", "paper", "eagle"])
 def test_an_untrained_drafter_drafts_the_linear_map(monkeypatch, world, tmp_path, tiny_target, name):
-    monkeypatch.setattr(RidgeRegression.solve, "__defaults__", (1e-9,))
-    from transformers import AutoConfig
-
+    monkeypatch.setattr(start, "RIDGE", 1e-9)
     rows, embed, features_of, *_ = world
-    drafter = new_drafter(recipe(tiny_target, "d", tmp_path, recipe=name), AutoConfig.from_pretrained(tiny_target))
-    drafter.init_weights(1.0, 1.0)
+    drafter = drafter_of(tiny_target, tmp_path, name)
     start_linear(drafter, rows, embed, features_of, 10**6)
     batch = {key: value[None] for key, value in rows[0].items()}
     h = features_of(batch)

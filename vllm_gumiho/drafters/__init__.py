@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_gumiho.drafters.gumiho import GUMIHO
+from vllm_gumiho.drafters.gumiho import GUMIHO, LAYERED_GUMIHO
 from vllm_gumiho.drafters.moa import MOA
 from vllm_gumiho.drafters.protocol import Drafter, Sizes
 
@@ -16,7 +16,7 @@ __all__ = [
     "lacking_in_v2",
 ]  # fmt: skip
 
-DRAFTERS: dict[str, Drafter] = {GUMIHO.name: GUMIHO, MOA.name: MOA}
+DRAFTERS: dict[str, Drafter] = {drafter.name: drafter for drafter in (GUMIHO, LAYERED_GUMIHO, MOA)}
 DEFAULT = GUMIHO
 
 # Keys of the speculative config, and of the draft's config.json, by which they reach the model runner.

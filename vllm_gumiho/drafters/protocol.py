@@ -115,6 +115,11 @@ class Drafter(Protocol):
         ...
 
     @property
+    def also_named(self) -> Collection[str]:
+        """Other drafters by whose name a request may mean it."""
+        ...
+
+    @property
     def takes_eight_bits(self) -> bool:
         """Whether its vLLM model keeps matrices in 8 bits (``draft_weights``)."""
         ...

@@ -27,7 +27,10 @@ from vllm_gumiho.drafters.target_config import (
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """Sizes of a drafter; all but the last four are the target's own; `vocab_size` is only passed on."""
+    """Sizes of a drafter; all but the last five are the target's own; `vocab_size` is only passed on.
+
+    target_layers: whose states the first serial step reads, ascending; none where it reads the last feature.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -41,6 +44,7 @@ class DrafterConfig:
     num_serial_steps: int = 2
     num_heads: int = 5
     fc_bias: bool = True
+    target_layers: tuple[int, ...] = ()
 
     @property
     def max_draft_tokens(self) -> int:
@@ -216,6 +220,10 @@ class SerialDrafter(nn.Module):
         for mine, theirs in zip(self.layers, layers[-c.num_layers :], strict=True):
             state = theirs.state_dict()
             mine.load_state_dict({name: state[name] for name in mine.state_dict()})
+
+    def first_features(self, held: Tensor) -> Tensor:
+        """What the first serial step reads, ``[N, H]``, of what the target holds of each token: its feature."""
+        return held
 
     def fuse(self, embeds: Tensor, features: Tensor) -> Tensor:
         """``o = fc(cat[E[x], h])``, embedding first.  ``[..., H]``, ``[..., H]`` -> ``[..., H]``."""

@@ -62,7 +62,7 @@ def checkpoint_for(asked: str | None, target: str, method: str | None = None) ->
 def check_named(where: str, found: Drafter, *words: str | None) -> None:
     """Refuse a checkpoint of another drafter than the first of ``words`` that names one.  Raises: CheckpointError."""
     named = next((DRAFTERS[word] for word in words if word in DRAFTERS), found)
-    if named is not found:
+    if named is not found and named.name not in found.also_named:
         raise CheckpointError(
             f"{where}: is a {found.title} checkpoint, and the request names {named.name!r}; name a {named.title} "
             f"checkpoint, or ask for {found.name!r}"

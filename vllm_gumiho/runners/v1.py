@@ -207,3 +207,18 @@ class GumihoProposer(DraftProposer):
             head_probs = probs.view(-1, num_heads, probs.shape[-1])
             self._last_draft_probs: Tensor | None = torch.cat((self.take_last_draft_probs(), head_probs), dim=1)
         return torch.cat((drafted, tokens.view(-1, num_heads)), dim=1)
+
+
+class LayeredGumihoProposer(GumihoProposer):
+    """As the base class; vLLM's own proposer has the model make features of several layers' states."""
+
+    def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """As much memory as a draft of the largest batch takes: the layers' states to features, then the passes."""
+        self._dummy_features(num_tokens)
+        super().dummy_run(num_tokens, *args, **kwargs)
+
+    @torch.inference_mode()
+    def _dummy_features(self, rows: int) -> None:
+        self.model.combine_hidden_states(
+            self.hidden_states.new_zeros(rows, self.model.first_step.num_states * self.hidden_size)
+        )

@@ -145,7 +145,8 @@ def losses(
         objective.heads_steer,
         objective.further_steps if objective.train_serial else 0,
     )
-    labels = Labels(subset, head, features.flatten(0, 1), shift(answer, 1).flatten())
+    hidden = features[..., : embed.shape[1]]
+    labels = Labels(subset, head, hidden.flatten(0, 1), shift(answer, 1).flatten())
 
     def position(i: int, x: Tensor) -> Position:
         valid = valid_anchors(segments, answer, i)

@@ -43,8 +43,8 @@ class Recipe:
     heads_steer: let the heads' losses train the Transformer too (unrolled only; `paper` always does).
     further_steps: serial steps trained beyond the ``num_serial_steps`` that are served (unrolled only).
     own_tokens: share of anchors that draft on from the drafter's own token at the end of training, rising from 0.
-    target_layers: of which MoA reads the states, from 0, the input of the first, to the number of layers, the state
-    after the last; none takes a half, two thirds, five sixths and the last.
+    target_layers: whose states MoA and ``unrolled-layers`` read, from 0, the input of the first, to the number of
+    layers, the state after the last; none takes a half, two thirds, five sixths and the last.
     draft_vocab: draft only that many of the training answers' most frequent tokens; 0 drafts all.
     feature_cache: folder that keeps the target's features between epochs and runs.  feature_memory: GiB of the
     device's memory that keep them between epochs instead.
@@ -56,7 +56,9 @@ class Recipe:
     data: list[str] = option(help="Files or folders written by 'vllm-gumiho generate'; repeat.")
     output: str = option(help="Folder for checkpoints and the finished drafter.")
     recipe: str = option(
-        "unrolled", "'unrolled' (on its own features), 'paper' (teacher-forced), 'eagle' (EAGLE-1), 'moa', 'moa-paper'."
+        "unrolled",
+        "'unrolled' (on its own features), 'unrolled-layers' (the first step reads several layers), 'paper' "
+        "(teacher-forced), 'eagle' (EAGLE-1), 'moa', 'moa-paper'.",
     )
     num_serial_steps: int = option(2, "Tokens drafted by the Transformer.")
     num_heads: int = option(5, "Tokens drafted by heads.")
@@ -82,7 +84,9 @@ class Recipe:
     heads_steer: bool = option(False, "Heads' losses train the Transformer too (unrolled).")
     further_steps: int = option(0, "Serial steps trained beyond those served (unrolled).")
     own_tokens: float = option(0.0, "Share of anchors that draft on from the drafter's own token when training ends.")
-    target_layers: list[int] = option([], "Target layers whose states MoA reads; repeat.  Default: four of the last.")
+    target_layers: list[int] = option(
+        [], "Target layers whose states are read (MoA, unrolled-layers); repeat.  Default: four of the last half."
+    )
     draft_vocab: int = option(0, "Draft only the N most frequent answer tokens; 0 is all.")
     phase: str = option("all", "'all', 'serial' (Transformer alone) or 'heads' (on a frozen one).")
     init: str | None = option(

@@ -98,13 +98,18 @@ def moa_paper(recipe: Recipe) -> Objective:
 
 
 def target_layers(recipe: Recipe, target_config: Any) -> tuple[int, ...]:
-    """Layers that MoA reads: those asked for, else four of the last half (docs/training.md says why)."""
+    """Layers that are read: those asked for, else four of the last half (docs/training.md says why)."""
     count = target_config.num_hidden_layers
     return tuple(sorted(set(recipe.target_layers) or {count // 2, 2 * count // 3, 5 * count // 6, count}))
 
 
 def _serial_sizes(trainable: type[Any], target_config: Any, recipe: Recipe) -> Any:
     return trainable.config_for(target_config, recipe.num_layers, recipe.num_serial_steps, recipe.num_heads)
+
+
+def _layered_sizes(trainable: type[Any], target_config: Any, recipe: Recipe) -> Any:
+    layers = target_layers(recipe, target_config)
+    return trainable.config_for(target_config, recipe.num_layers, recipe.num_serial_steps, recipe.num_heads, layers)
 
 
 def _moa_sizes(trainable: type[Any], target_config: Any, recipe: Recipe) -> Any:
@@ -130,6 +135,12 @@ def _serial_problem(recipe: Recipe) -> str | None:
 
 def _unrolled_problem(recipe: Recipe) -> str | None:
     return (_further_steps(recipe) if recipe.phase == "heads" else None) or _no_heads(recipe) or _serial_problem(recipe)
+
+
+def _layered_problem(recipe: Recipe) -> str | None:
+    if recipe.start == "target":
+        return f"recipe {recipe.recipe!r} has no start from the target's own layers; choose linear or random"
+    return (_further_steps(recipe) if recipe.phase == "heads" else None) or _no_heads(recipe)
 
 
 def _paper_problem(recipe: Recipe) -> str | None:
@@ -159,6 +170,7 @@ def _moa_paper_problem(recipe: Recipe) -> str | None:
 RECIPES = {
     "paper": Kind("gumiho", paper, _paper_problem, _serial_sizes),
     "unrolled": Kind("gumiho", unrolled, _unrolled_problem, _serial_sizes),
+    "unrolled-layers": Kind("gumiho-layers", unrolled, _layered_problem, _layered_sizes, layers=target_layers),
     "eagle": Kind("eagle", eagle, _eagle_problem, _serial_sizes),
     "moa": Kind("moa", moa, _moa_problem, _moa_sizes, BlockTrainingModel, target_layers),
     "moa-paper": Kind("moa", moa_paper, _moa_paper_problem, _moa_sizes, BlockTrainingModel, target_layers),

@@ -68,7 +68,8 @@ def draft(
 ) -> Drafts:
     """All draft positions' features for every anchor of packed rows.
 
-    embed ``[V, H]``; ids, positions, segments ``[R, T]``; features ``[R, T, H]``; anchors bool ``[R, T]``.
+    embed ``[V, H]``; ids, positions, segments ``[R, T]``; features ``[R, T, H]``, with states of m layers behind them
+    ``[R, T, (1 + m) H]`` for a drafter that reads those; anchors bool ``[R, T]``.
     Position t is fed ``(E[x[t+1]], h[t])``.  Later serial steps and heads are fed the true next tokens (where a
     draft token is wrong, verification ends the chain there), or what ``own_token(draft features, true tokens)`` says.
     heads_steer: gradients of the heads reach the Transformer.  further: serial steps beyond those that are served.
@@ -87,7 +88,7 @@ def draft(
     else:
         sight = RowSight(segments, anchors)
     at = sight.anchor_index
-    o = drafter.fuse(F.embedding(flat(shift(ids, 1)), embed), flat(features))
+    o = drafter.fuse(F.embedding(flat(shift(ids, 1)), embed), drafter.first_features(flat(features)))
     serial, fused = [drafter.serial(o, Pass.at(flat(positions), drafter.config, sight), past)], []
     if form is Form.FIRST_PASS:
         return Drafts(serial, o.new_empty(0))

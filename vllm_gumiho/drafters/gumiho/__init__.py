@@ -1,6 +1,6 @@
 """Gumiho (ICML 2025, arXiv 2503.10135): two serial Transformer steps, then MLP heads that draft the rest at once.
 
-layout: its tensors.  model, heads: serving.  trainable: training.
+layout: its tensors.  model, heads, layered_model: serving.  trainable: training.
 """
 
 from __future__ import annotations
@@ -9,13 +9,28 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_gumiho.drafters.target_layers import LAYERS_KEY, check_layers
+
 if TYPE_CHECKING:
     from vllm_gumiho.checkpoint.files import TensorInfo
     from vllm_gumiho.drafters.gumiho.layout import GumihoSizes
     from vllm_gumiho.drafters.protocol import RoundBytes
 
+_OWN_KEYS = ("num_serial_steps", "num_parallel_heads", "fc_bias")
 # Model runner V2 records its serial decode step together with the heads, for so many serial steps.
 V2_SERIAL_STEPS = 2
+
+
+def _is_gumiho(names: Collection[str]) -> bool:
+    from vllm_gumiho.drafters.gumiho.layout import STAGE
+
+    return "fc.weight" in names and any(STAGE.fullmatch(name) for name in names)
+
+
+def _reads_layers(names: Collection[str]) -> bool:
+    from vllm_gumiho.drafters.gumiho.layout import COMBINE, STATE_NORM
+
+    return any(name.startswith(f"{COMBINE}.") or STATE_NORM.fullmatch(name) for name in names)
 
 
 class Gumiho:
@@ -43,8 +58,9 @@ class Gumiho:
         "meta-llama/Meta-Llama-3-70B-Instruct": "amd/Gumiho-llama3-70b",
     }
     hub_prefix = "amd/gumiho-"
+    also_named: Collection[str] = ()
     takes_eight_bits = True
-    config_keys = ("num_serial_steps", "num_parallel_heads", "fc_bias")
+    config_keys: tuple[str, ...] = _OWN_KEYS
 
     def round_bytes(self, sizes: GumihoSizes, vocab_size: int, weights: str) -> RoundBytes:
         """See `round_bytes.round_bytes`."""
@@ -53,10 +69,8 @@ class Gumiho:
         return round_bytes(sizes, vocab_size, weights)
 
     def has_tensors(self, names: Collection[str]) -> bool:
-        """By ``fc`` and any stage of a head."""
-        from vllm_gumiho.drafters.gumiho.layout import STAGE
-
-        return "fc.weight" in names and any(STAGE.fullmatch(name) for name in names)
+        """By ``fc`` and any stage of a head, where nothing reads inner layers."""
+        return _is_gumiho(names) and not _reads_layers(names)
 
     def read_sizes(self, where: Path, infos: dict[str, TensorInfo], config: Mapping[str, Any] | None) -> GumihoSizes:
         """See `layout.read_sizes`; the tensors tell everything."""
@@ -74,7 +88,7 @@ class Gumiho:
 
     def config_fields(self, sizes: GumihoSizes, num_attention_heads: int) -> dict[str, Any]:
         """Serial steps, heads, and whether ``fc`` has a bias."""
-        return dict(zip(self.config_keys, (sizes.num_serial_steps, sizes.num_heads, sizes.fc_bias), strict=True))
+        return dict(zip(_OWN_KEYS, (sizes.num_serial_steps, sizes.num_heads, sizes.fc_bias), strict=True))
 
     def lacking_in_v2(self, vllm_config: Any) -> list[str]:
         """LoRA adapters, and other numbers of serial steps than two.
@@ -90,4 +104,40 @@ class Gumiho:
         return [f"{feature} (V1 does: VLLM_USE_V2_MODEL_RUNNER=0)" for feature in lacking]
 
 
+class LayeredGumiho(Gumiho):
+    """Gumiho whose first serial step reads several of the target's layers; all else is Gumiho's.
+
+    Served as vLLM's ``eagle3``, which gives the states.  A request for ``gumiho`` takes such a checkpoint too.
+    """
+
+    name = "gumiho-layers"
+    title = "Layered Gumiho"
+    architecture = "Eagle3GumihoForCausalLM"
+    vllm_method = "eagle3"
+    model = "vllm_gumiho.drafters.gumiho.layered_model:LayeredGumihoForCausalLM"
+    trainable = "vllm_gumiho.drafters.gumiho.trainable:LayeredGumihoDrafter"
+    runners = {
+        **Gumiho.runners,
+        "vllm.v1.spec_decode.eagle:EagleProposer": "vllm_gumiho.runners.v1:LayeredGumihoProposer",
+    }
+    reads = "the input states of some of the target's layers"
+    released: Mapping[str, str] = {}
+    also_named = (Gumiho.name,)
+    config_keys = (*_OWN_KEYS, LAYERS_KEY)
+
+    def has_tensors(self, names: Collection[str]) -> bool:
+        """By Gumiho's, and what reads inner layers."""
+        return _is_gumiho(names) and _reads_layers(names)
+
+    def fit(self, where: Path, sizes: GumihoSizes, target: Any, parallel: Any) -> dict[str, Any]:
+        """The checkpoint names its layers itself.  Raises: CheckpointError where the target does not give them."""
+        check_layers(where, sizes.target_layers, target)
+        return {}
+
+    def config_fields(self, sizes: GumihoSizes, num_attention_heads: int) -> dict[str, Any]:
+        """Gumiho's, and the layers whose states vLLM is to give."""
+        return super().config_fields(sizes, num_attention_heads) | {LAYERS_KEY: list(sizes.target_layers)}
+
+
 GUMIHO = Gumiho()
+LAYERED_GUMIHO = LayeredGumiho()

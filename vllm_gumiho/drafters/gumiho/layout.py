@@ -1,4 +1,8 @@
-"""Which tensors a Gumiho drafter has, and what their shapes say."""
+"""Which tensors a Gumiho drafter has, and what their shapes say.
+
+A drafter whose first serial step reads several of the target's layers has a norm ``state_norms.I`` for each layer I,
+and ``combine``, which makes a feature of the normalised states side by side; all else is the same.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ LAYER = re.compile(
     r"layers\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj|input_layernorm|post_attention_layernorm)\.weight"
 )
 STAGE = re.compile(r"mlp\.(\d+)\.(\d+)\.linear\.(weight|bias)")
+STATE_NORM = re.compile(r"state_norms\.(\d+)\.weight")
+COMBINE = "combine"
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,7 @@ class GumihoSizes:
     """What the tensors say.  Rows of q/k projections are head counts times the head dimension.
 
     draft_vocab_size: entries of ``d2t`` (target id minus draft id), for drafters of a reduced vocabulary.
+    target_layers: those whose states the first serial step reads, ascending; none where it reads the last feature.
     """
 
     hidden_size: int
@@ -34,6 +41,7 @@ class GumihoSizes:
     fc_bias: bool
     vocab_size: int | None
     draft_vocab_size: int | None = None
+    target_layers: tuple[int, ...] = ()
 
     @property
     def max_draft_tokens(self) -> int:
@@ -42,7 +50,9 @@ class GumihoSizes:
 
     def passes(self) -> str:
         """What drafts its K tokens, in words."""
-        return f"{self.num_serial_steps} serial tokens and {self.num_heads} from heads"
+        drafted = f"{self.num_serial_steps} serial tokens and {self.num_heads} from heads"
+        named = ", ".join(map(str, self.target_layers))
+        return f"{drafted}, from states of target layers {named}" if named else drafted
 
 
 def tensor_shapes(sizes: GumihoSizes) -> dict[str, Shape]:
@@ -51,6 +61,9 @@ def tensor_shapes(sizes: GumihoSizes) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {"fc.weight": (hidden, 2 * hidden)}
     if sizes.fc_bias:
         shapes["fc.bias"] = (hidden,)
+    if sizes.target_layers:
+        shapes |= {f"state_norms.{layer}.weight": (hidden,) for layer in sizes.target_layers}
+        shapes |= {f"{COMBINE}.weight": (hidden, len(sizes.target_layers) * hidden), f"{COMBINE}.bias": (hidden,)}
     for i in range(sizes.num_layers):
         at = f"layers.{i}."
         shapes |= {
@@ -103,6 +116,7 @@ def read_sizes(where: Path, infos: dict[str, TensorInfo]) -> GumihoSizes:
         fc_bias="fc.bias" in infos,
         vocab_size=vocabulary.shape[0] if vocabulary and vocabulary.shape else None,
         draft_vocab_size=draft_vocabulary.shape[0] if draft_vocabulary and draft_vocabulary.shape else None,
+        target_layers=tuple(sorted({int(match[1]) for match in map(STATE_NORM.fullmatch, infos) if match})),
     )
     wanted = tensor_shapes(sizes)
     wanted |= {EMBEDDING: (None, hidden)} if vocabulary else {}

@@ -122,12 +122,15 @@ class GumihoForCausalLM(TargetHead, LlamaForCausalLM):
             asked_for=vllm_config.speculative_config.num_speculative_tokens - config.num_serial_steps,
             weights=self.draft_weights.dtype,
         )
-        own = (self.model.fc, self.model.layers, self.heads)
-        self.weight_bytes = sum(tensor.nbytes for module in own for tensor in module.parameters())
+        self.weight_bytes = self._bytes_of(self.model.fc, self.model.layers, self.heads)
         # Breakable CUDA graphs replay this whole forward without its Python: only a buffer tells its o vectors then.
         self.copies_fused = bool(getattr(envs, BREAKABLE_GRAPHS.name, False))
         copies = self.max_batch if self.copies_fused else 0
         self._fused = torch.zeros(copies, config.hidden_size, dtype=self.draft_dtype)
+
+    @staticmethod
+    def _bytes_of(*modules: nn.Module) -> int:
+        return sum(tensor.nbytes for module in modules for tensor in module.parameters())
 
     @property
     def num_serial_steps(self) -> int:
@@ -178,7 +181,7 @@ class GumihoForCausalLM(TargetHead, LlamaForCausalLM):
 
     def _choose_products(self) -> None:
         """Whether our kernel multiplies with those 8-bit rows that nothing of vLLM's takes."""
-        layers = [one for one in self.model.modules() if type(getattr(one, "scheme", None)) is RowsScheme]
+        layers = [one for one in self.modules() if type(getattr(one, "scheme", None)) is RowsScheme]
         matrices = [one for one in (self.head_matrix,) if one is not None and not one.packed]
         rows = [EightBitRows(one.weight, one.weight_scale) for one in layers] + [one.rows for one in matrices]
         kernel = bool(rows) and products_by_kernel(rows, self.max_batch, self.draft_dtype)

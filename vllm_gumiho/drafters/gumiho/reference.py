@@ -37,6 +37,12 @@ class ReferenceDrafter:
         part = name if name == "lm_head" else "heads" if name.startswith("mlp.") else "linear"
         return (int8_rows(x) if part in self.rounded else x) @ matrix.T
 
+    def first_features(self, states: Tensor) -> Tensor:
+        """What the first serial step reads, ``[T, H]``, of the states ``[T, m, H]`` of target layers, ascending."""
+        layers = sorted(int(name.split(".")[1]) for name in self.weights if name.startswith("state_norms."))
+        normed = [self.norm(states[:, i], f"state_norms.{layer}.weight") for i, layer in enumerate(layers)]
+        return self.product(torch.cat(normed, dim=-1), "combine.weight") + self.weights["combine.bias"]
+
     def fuse(self, token: Tensor, feature: Tensor) -> Tensor:
         both = torch.cat((self.embed[token], feature), dim=-1)
         return self.product(both, "fc.weight") + self.weights["fc.bias"]

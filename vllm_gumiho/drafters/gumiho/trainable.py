@@ -2,12 +2,13 @@
 
 Source: Gumiho (ICML 2025, arXiv 2503.10135), section 3 and Table 5, and the tensor layout of the released
 checkpoints: ``fc``, ``layers.{i}`` (Llama decoder layers, layer 0 without input norm) and
-``mlp.{head}.{stage}.linear``.
+``mlp.{head}.{stage}.linear``; ``state_norms.{layer}`` and ``combine`` where the first step reads inner layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from vllm_gumiho.checkpoint.tensors import D2T
 from vllm_gumiho.drafters.checkpoints import save_speculators
+from vllm_gumiho.drafters.gumiho import GUMIHO, LAYERED_GUMIHO
 from vllm_gumiho.drafters.gumiho.layout import HEAD_STAGES
-from vllm_gumiho.drafters.trainable_layers import DrafterConfig, SerialDrafter
+from vllm_gumiho.drafters.protocol import Drafter
+from vllm_gumiho.drafters.trainable_layers import DrafterConfig, RMSNorm, SerialDrafter
 
 
 class Stage(nn.Module):
@@ -29,6 +32,8 @@ class Stage(nn.Module):
 
 class GumihoDrafter(SerialDrafter):
     """``fc``, the serial Transformer and the parallel MLP heads; state-dict names are the released ones."""
+
+    entry: Drafter = GUMIHO
 
     def __init__(self, config: DrafterConfig):
         super().__init__(config)
@@ -66,4 +71,57 @@ class GumihoDrafter(SerialDrafter):
         """
         if vocabulary is not None:
             tensors = {**tensors, D2T: vocabulary.cpu() - torch.arange(vocabulary.numel())}
-        save_speculators(folder, tensors, verifier, self.config.layer_config())
+        save_speculators(folder, tensors, verifier, self.config.layer_config(), drafter=self.entry)
+
+
+class LayeredGumihoDrafter(GumihoDrafter):
+    """Gumiho whose first serial step reads a feature made of several layers' states; later steps are as they are.
+
+    The feature has the place and the size of the target's last one, and meets the same ``fc``: what drafts need not
+    know which pass it is in.
+    """
+
+    entry = LAYERED_GUMIHO
+
+    def __init__(self, config: DrafterConfig):
+        super().__init__(config)
+        c = config
+        self.state_norms = nn.ModuleDict({str(i): RMSNorm(c.hidden_size, c.rms_norm_eps) for i in c.target_layers})
+        self.combine = nn.Linear(len(c.target_layers) * c.hidden_size, c.hidden_size)
+
+    @staticmethod
+    def config_for(  # type: ignore[override]
+        target: Any, num_layers: int, num_serial_steps: int, num_heads: int, layers: tuple[int, ...]
+    ) -> DrafterConfig:
+        """Sizes for a target, given by its Hugging Face text config, whose states of these layers are read."""
+        config = DrafterConfig.of_target(target, num_layers, num_serial_steps, num_heads, fc_bias=True)
+        return replace(config, target_layers=tuple(sorted(layers)))
+
+    @torch.no_grad()
+    def init_weights(self, feature_scale: float, embed_scale: float) -> None:
+        """As the base class; the last layer read passes through as a feature, the others are left out."""
+        super().init_weights(feature_scale, embed_scale)
+        nn.init.zeros_(self.combine.bias)
+        nn.init.zeros_(self.combine.weight)
+        last = self.combine.weight[:, -self.config.hidden_size :]
+        last.copy_(feature_scale * torch.eye(self.config.hidden_size))
+
+    def normed(self, held: Tensor) -> Tensor:
+        """States behind the target's feature, ``[N, H + m * H]``, each normalised -> ``[N, m * H]``."""
+        states = held[..., self.config.hidden_size :].unflatten(-1, (len(self.state_norms), -1)).unbind(-2)
+        return torch.cat([norm(state) for norm, state in zip(self.state_norms.values(), states, strict=True)], dim=-1)
+
+    def first_features(self, held: Tensor) -> Tensor:
+        """``[N, H + m * H]``, the target's feature and its states of the layers -> ``[N, H]``."""
+        return self.combine(self.normed(held))
+
+    def serial_parameters(self) -> Iterator[nn.Parameter]:
+        """Of what makes a feature of the layers, ``fc`` and the Transformer."""
+        yield from self.state_norms.parameters()
+        yield from self.combine.parameters()
+        yield from super().serial_parameters()
+
+    def fitted_parameters(self) -> Iterator[nn.Parameter]:
+        """Of ``fc``, and of what makes a feature of the layers."""
+        yield from super().fitted_parameters()
+        yield from self.combine.parameters()

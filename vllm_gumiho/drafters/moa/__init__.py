@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_gumiho.drafters.target_layers import LAYERS_KEY, check_layers
 from vllm_gumiho.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ class Moa:
         "meta-llama/Meta-Llama-3-8B-Instruct": "huawei-noah/MOASpec-Llama-3-8B-Instruct",
     }
     hub_prefix = "huawei-noah/moaspec-"
+    also_named: Collection[str] = ()
     takes_eight_bits = False
-    config_keys = ("eagle_aux_hidden_state_layer_ids", "layer_attention")
+    config_keys = (LAYERS_KEY, "layer_attention")
 
     def round_bytes(self, sizes: Any, vocab_size: int, weights: str) -> RoundBytes:
         """Not asked: its matrices have the engine's dtype."""
@@ -77,21 +79,7 @@ class Moa:
 
         Raises: CheckpointError where the target does not have or does not give what is read, and for split contexts.
         """
-        from vllm.model_executor.model_loader.utils import get_model_cls
-        from vllm.model_executor.models.interfaces import supports_eagle3
-
-        layers, kind = target.get_total_num_hidden_layers(), get_model_cls(target)
-        beyond = [str(layer) for layer in sizes.target_layers if layer > layers]
-        if beyond:
-            raise CheckpointError(
-                f"{where}: reads states of layer {', '.join(beyond)}, and target {target.model} has {layers} layers; "
-                "use a checkpoint trained for this target"
-            )
-        if not supports_eagle3(kind):
-            raise CheckpointError(
-                f"{where}: reads states of inner layers, which vLLM's class {kind.__name__} of target "
-                f"{target.model} does not give; use a drafter that reads the last state alone, such as gumiho"
-            )
+        kind = check_layers(where, sizes.target_layers, target)
         if parallel is not None and parallel.decode_context_parallel_size > 1:
             raise CheckpointError(
                 f"{where}: attends to verified tokens alone, whose lengths vLLM does not split over ranks; use "
@@ -99,10 +87,10 @@ class Moa:
             )
         if sizes.target_layers:
             return {}
-        if kind.__name__ not in _GIVE_KEYS:
+        if kind not in _GIVE_KEYS:
             raise CheckpointError(
                 f"{where}: reads the keys and values of all layers, which cannot be made again for vLLM's class "
-                f"{kind.__name__} of target {target.model} (for {', '.join(_GIVE_KEYS)}); use a checkpoint that reads "
+                f"{kind} of target {target.model} (for {', '.join(_GIVE_KEYS)}); use a checkpoint that reads "
                 "states (it has state_norms)"
             )
         heads, size = target.get_total_num_kv_heads(), target.get_head_size()
@@ -112,7 +100,7 @@ class Moa:
                 f"{target.model} has {2 * heads * size} ({heads} heads of {size}); use a checkpoint trained for this "
                 "target"
             )
-        return {self.config_keys[0]: list(range(layers))}
+        return {LAYERS_KEY: list(range(target.get_total_num_hidden_layers()))}
 
     def lacking_in_v2(self, vllm_config: Any) -> list[str]:
         """LoRA adapters, as with every draft model of vLLM 0.32's V2."""

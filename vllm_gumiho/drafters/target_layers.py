@@ -1,0 +1,42 @@
+"""States of the target's inner layers: who reads them, and whether a target gives them.
+
+vLLM gives them to what it serves as its method ``eagle3``: state I is what goes into the target's layer I; of a target
+of L layers, state L is what comes out of the last one, before the final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_gumiho.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+# config.json: whose states vLLM is to give, in this order.
+LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
+
+
+def check_layers(where: Path, layers: Collection[int], target: ModelConfig) -> str:
+    """Name of the target's vLLM class, which gives the states of these layers.
+
+    where: the checkpoint that reads them.  Raises: CheckpointError where the target has fewer layers, or gives none.
+    """
+    from vllm.model_executor.model_loader.utils import get_model_cls
+    from vllm.model_executor.models.interfaces import supports_eagle3
+
+    count, kind = target.get_total_num_hidden_layers(), get_model_cls(target)
+    beyond = [str(layer) for layer in layers if layer > count]
+    if beyond:
+        raise CheckpointError(
+            f"{where}: reads states of layer {', '.join(beyond)}, and target {target.model} has {count} layers; "
+            "use a checkpoint trained for this target"
+        )
+    if not supports_eagle3(kind):
+        raise CheckpointError(
+            f"{where}: reads states of inner layers, which vLLM's class {kind.__name__} of target "
+            f"{target.model} does not give; use a drafter that reads the last state alone, such as gumiho"
+        )
+    return str(kind.__name__)
