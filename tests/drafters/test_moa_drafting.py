@@ -61,13 +61,20 @@ def results(request, tmp_path_factory, target, checkpoint):
     cases["chunks"] = recorded(target, checkpoint, again, 3, **CHUNKS)
     cases["few"] = recorded(target, checkpoint, long, 7, **FEW)
     found = run(tmp_path_factory.mktemp(runner), cases, runner)
-    if runner == "v1":
-        # An odd number of tokens, so many that the ranks share out the features of most steps.
-        more = CHUNKS | {"max_num_batched_tokens": 81, "tensor_parallel_size": 2}
-        workers = {"workers": recorded(target, checkpoint, again, 3, **more)}
-        found |= run(tmp_path_factory.mktemp("workers"), workers, env=CORES)
     assert found["k7"]["facts"]["runner"] == runner
     return found
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory, target, checkpoint):
+    """Runner V1: in V2 each of two workers would need the interpreter."""
+    # An odd number of tokens, so many that the ranks share out the features of most steps.
+    more = CHUNKS | {"max_num_batched_tokens": 81, "tensor_parallel_size": 2}
+    cases = {
+        "workers": recorded(target, checkpoint, {"long": generate(LONG, greedy(TOKENS, detokenize=False))}, 3, **more)
+    }
+    cases["off"] = case(target, None, [{"prompts": LONG, "sampling": greedy(TOKENS)}])
+    return run(tmp_path_factory.mktemp("workers"), cases, env=CORES)
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +82,15 @@ def wanted(target, checkpoint) -> Wanted:
     return Wanted(tiny_moa.reference(target, checkpoint), tiny_moa.TargetStates(target))
 
 
-CASES = [*(f"k{length}" for length in reversed(LENGTHS)), "chunks", "few", "workers"]
+CASES = [*(f"k{length}" for length in reversed(LENGTHS)), "chunks", "few"]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_drafts_and_features_are_those_of_the_equations(results, wanted, name):
-    if name not in results:
-        pytest.skip("two workers in V2 would each need the interpreter")
-    assert "error" not in results[name], results[name].get("error")
-    drafts, features = results[name]["drafts"], results[name]["draft features"]
+def assert_drafts(found: dict, wanted: Wanted, with_features: bool = True) -> None:
+    """Of a case: tokens and what they come from are those of the equations."""
+    assert "error" not in found, found.get("error")
+    drafts, features = found["drafts"], found["draft features"]
     assert len({tuple(drafted) for _, drafted in drafts}) > 20, "drafts hardly differ"
-    assert (features == []) == (name == "workers")
+    assert bool(features) == with_features
     for number, (text, drafted) in enumerate(drafts):
         ids, hidden = wanted.after(text, len(drafted))
         assert drafted == ids, f"after {len(text)} tokens"
@@ -93,14 +98,23 @@ def test_drafts_and_features_are_those_of_the_equations(results, wanted, name):
             torch.testing.assert_close(torch.tensor(features[number]), hidden, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_drafts_and_features_are_those_of_the_equations(results, wanted, name):
+    assert_drafts(results[name], wanted)
+
+
 @pytest.mark.feature("greedy requests: continuous batching, every K, K by batch size", "V1", "moa")
 @pytest.mark.feature("greedy requests: continuous batching, every K, K by batch size", "V2", "moa")
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_text_is_the_targets_own(results, name):
-    if name not in results:
-        pytest.skip("two workers in V2 would each need the interpreter")
     on = "plain" if name.startswith("k") else "long"
     assert tokens(step(results, name, on)) == tokens(step(results, "off", "0" if on == "plain" else "1"))
+
+
+@pytest.mark.feature("tensor parallel", "V1", "moa")
+def test_two_workers_draft_the_same(workers, wanted):
+    assert_drafts(workers["workers"], wanted, with_features=False)
+    assert tokens(step(workers, "workers", "long")) == tokens(step(workers, "off", "0"))
 
 
 def test_the_cases_were_what_they_say(results):

@@ -16,8 +16,9 @@ pytestmark = pytest.mark.engine
 METHODS = ("greedy", "probabilistic")
 V2_METHODS = {method: {"draft_sample_method": method} for method in METHODS}
 V2_METHODS["sample and walk"] = {"seeded_text": "same"}
+V2_METHODS |= {f"moa {method}": {"method": "moa", "draft_sample_method": method} for method in METHODS}
 # By how many draws noise that is used twice is seen: what it does to a pair grows with the draws.
-V2_DRAWS = dict.fromkeys(METHODS, 800) | {"sample and walk": 1_600}
+V2_DRAWS = dict.fromkeys(V2_METHODS, 800) | {"sample and walk": 1_600}
 # By how much each is to be told: noise that is used twice leaves each token's own distribution right.
 WALK_FAULTS = {"walks too far": 2 * LIMIT, "repeats noise": 1.2 * LIMIT}
 
@@ -61,6 +62,8 @@ def drawn_by_v2(tmp_path_factory, target, request):
     folder = tmp_path_factory.mktemp("v2")
     checkpoint = predictable.write_checkpoint(folder / "gumiho", VOCAB)
     speculative = {"num_speculative_tokens": 3} | V2_METHODS[request.param]
+    if speculative.get("method") == "moa":
+        speculative["model"] = str(predictable.write_moa(folder / "moa", VOCAB, noise=0.2))
     settings = {"max_num_seqs": 100, "seed": 17, "max_num_batched_tokens": 4096, "speculative": speculative}
     draws = V2_DRAWS[request.param]
     cases = pair(target, checkpoint, steps(("T=1",), draws), **settings)
@@ -95,9 +98,11 @@ def test_tokens_drafted_by_moa_have_the_targets_joint_distribution(drawn, target
 
 
 @pytest.mark.long
-def test_sampled_tokens_of_v2_have_the_targets_joint_distribution(drawn_by_v2, target):
+def test_sampled_tokens_of_v2_have_the_targets_joint_distribution(drawn_by_v2, target, request):
     found, draws = drawn_by_v2
-    assert found["on"]["facts"]["runner"] == "v2"
+    moa = request.node.callspec.params["drawn_by_v2"].startswith("moa")
+    drafter = "Eagle3MoaForCausalLM" if moa else "EagleGumihoForCausalLM"
+    assert (found["on"]["facts"]["runner"], found["on"]["facts"]["draft"]) == ("v2", [drafter])
     counts = step(found, "on", "T=1")["counts"]
     assert 0.1 < counts["accepted"] / counts["drafted"] < 0.9
     tokens = drawn_tokens(found, "on", "T=1")
