@@ -22,6 +22,7 @@ from vllm_gumiho.evaluation.report import run_title, set_line, show
 from vllm_gumiho.evaluation.sets import Fitting, fit, read_sets
 from vllm_gumiho.evaluation.settings import Settings, check_settings
 from vllm_gumiho.files import check_writable, write_json
+from vllm_gumiho.request.lengths import AUTO, TOKENS
 
 TASKS = "vllm_gumiho.evaluation.tasks"
 
@@ -134,6 +135,12 @@ def _run(
     runs: list[tuple[dict[str, Any], dict[str, Answers]]] = []
     # In this one's process: memory and counters of workers are then read where they are.
     environment = {ONE_PROCESS.name: "0"}
+    if (speculative or {}).get(TOKENS) == AUTO:
+        console.print(
+            f"{run_title(facts)}: where no schedule is stored for this machine it is measured first, some minutes",
+            highlight=False,
+            markup=False,
+        )
     with (
         console.status(f"{run_title(facts)}: engine running"),
         Worker(TASKS, job, f"{run_title(facts)}: the engine", environment=environment) as engine,
