@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -108,6 +109,10 @@ def test_other_weights_or_prompts_are_other_settings_and_more_repeats_are_not(em
     [
         ({"methods": ("medusa",)}, "--method 'medusa': no such one; give one of none, ngram, eagle, gumiho"),
         ({"methods": ("eagle",)}, "--method eagle needs --eagle-checkpoint"),
+        (
+            {"methods": ("gumiho", "gumiho-layers"), "checkpoint": "layered"},
+            "would both measure",
+        ),
         ({"modes": ("server", "server")}, "--mode: a value is given twice"),
         ({"concurrency": (0,)}, r"--concurrency \[0\]: give whole numbers from 1"),
         ({"num_prompts": 0}, "--num-prompts 0"),
@@ -120,7 +125,9 @@ def test_other_weights_or_prompts_are_other_settings_and_more_repeats_are_not(em
         ({"engine_args": "--no-such-option"}, "--engine-args: vLLM does not take them: .*--no-such-option"),
     ],
 )
-def test_a_wrong_setting_is_refused_before_any_engine_starts(embedded_target, tmp_path, changes, message):
+def test_a_wrong_setting_is_refused_before_any_engine_starts(embedded_target, tmp_path, changes, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.write_released(tmp_path / "layered", tiny.layered_tensors())
     with pytest.raises(BenchError, match=message):
         make_grid(dataclasses.replace(Settings(target=str(embedded_target)), **changes), tmp_path)
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import tiny_moa
 import torch
-from fakes import PARALLEL, fake_target, rewritten
+from fakes import PARALLEL, fake_target, refusal, rewritten, states_of
 from torch import Tensor
 
 from vllm_gumiho.checkpoint.files import TensorInfo
@@ -26,17 +26,6 @@ from vllm_gumiho.request import asks_for_ours
 TENSORS = tiny_moa.tensors()
 # The published one: config.json is the target's own, and names of its class are all it adds.
 PUBLISHED = {"architectures": ["MOASpecLlamaForCausalLM"], "num_hidden_layers": 4, "intermediate_size": 96}
-
-
-def states_of(target, gives: bool = True, layers: int = tiny_moa.TARGET_LAYERS, monkeypatch=None):
-    """A stand-in for a target whose class gives states of its layers, or does not."""
-    target.get_total_num_hidden_layers = lambda: layers
-    name = "LlamaForCausalLM" if gives else "OtherForCausalLM"
-    monkeypatch.setattr(
-        "vllm.model_executor.model_loader.utils.get_model_cls", lambda _: SimpleNamespace(__name__=name)
-    )
-    monkeypatch.setattr("vllm.model_executor.models.interfaces.supports_eagle3", lambda _: gives)
-    return target
 
 
 @pytest.fixture
@@ -140,50 +129,10 @@ def test_a_draft_vocabulary_is_known(tmp_path):
     assert open_checkpoint(released(tmp_path, TENSORS | d2t)).sizes.draft_vocab_size == 10
 
 
-def refusal(spec: dict, target) -> str:
-    with pytest.raises(CheckpointError) as error:
-        rewritten(spec, target)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 def test_a_checkpoint_of_another_target_is_refused(tmp_path, target, monkeypatch):
     folder = str(tiny_moa.write(tmp_path / "ours"))
     target.get_hidden_size = lambda: 128
     assert "hidden size 64 does not fit target org/target, which has 128" in refusal({"model": folder}, target)
-
-
-def written(drafter: str, folder) -> str:
-    """A checkpoint that reads layers, of either drafter that does."""
-    if drafter == "moa":
-        return str(tiny_moa.write(folder))
-    return str(tiny.write_released(folder, tiny.layered_tensors()))
-
-
-@pytest.mark.parametrize("drafter", ["moa", "gumiho-layers"])
-def test_layers_that_the_target_lacks_are_named(tmp_path, monkeypatch, drafter):
-    folder = written(drafter, tmp_path / "ours")
-    said = refusal({"model": folder}, states_of(fake_target(), layers=3, monkeypatch=monkeypatch))
-    assert "reads states of layer 4, and target org/target has 3 layers; use a checkpoint trained for this" in said
-
-
-@pytest.mark.parametrize("drafter", ["moa", "gumiho-layers"])
-def test_a_target_that_gives_no_states_is_refused(tmp_path, monkeypatch, drafter):
-    folder = written(drafter, tmp_path / "ours")
-    said = refusal({"model": folder}, states_of(fake_target(), gives=False, monkeypatch=monkeypatch))
-    assert "which vLLM's class OtherForCausalLM of target org/target does not give; use a drafter" in said
-
-
-@pytest.mark.parametrize("asked", [{}, {"method": "gumiho"}, {"method": "gumiho-layers"}])
-def test_gumiho_that_reads_layers_may_be_asked_for_by_either_name(tmp_path, monkeypatch, asked):
-    folder = written("gumiho-layers", tmp_path / "ours")
-    spec = rewritten({"model": folder, **asked}, states_of(fake_target(), layers=4, monkeypatch=monkeypatch))
-    assert spec["method"] == "eagle3"
-    config = json.loads((Path(spec["model"]) / "config.json").read_text())
-    assert config["eagle_aux_hidden_state_layer_ids"] == list(tiny.LAYERS)
-    plain = str(tiny.write_released(tmp_path / "plain", tiny.drafter_tensors()))
-    said = refusal({"model": plain, "method": "gumiho-layers"}, fake_target())
-    assert "is a Gumiho checkpoint, and the request names 'gumiho-layers'; name a Layered Gumiho checkpoint" in said
 
 
 def test_a_context_split_over_ranks_is_refused(tmp_path, target):

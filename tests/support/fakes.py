@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from tiny import HIDDEN, VOCAB
+import pytest
+from tiny import HIDDEN, TARGET_LAYERS, VOCAB
+
+from vllm_gumiho.errors import CheckpointError
 
 PARALLEL = SimpleNamespace(pipeline_parallel_size=1, decode_context_parallel_size=1)
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}
@@ -20,6 +23,17 @@ def fake_target(model="org/target", hidden=HIDDEN, vocab=VOCAB, head_dim=32, **t
         get_vocab_size=lambda: vocab,
         get_head_size=lambda: head_dim,
     )
+
+
+def states_of(target, gives: bool = True, layers: int = TARGET_LAYERS, monkeypatch=None, kind: str | None = None):
+    """A stand-in for a target whose class, of vLLM's name ``kind``, gives states of its layers, or does not."""
+    target.get_total_num_hidden_layers = lambda: layers
+    name = kind or ("LlamaForCausalLM" if gives else "OtherForCausalLM")
+    monkeypatch.setattr(
+        "vllm.model_executor.model_loader.utils.get_model_cls", lambda _: SimpleNamespace(__name__=name)
+    )
+    monkeypatch.setattr("vllm.model_executor.models.interfaces.supports_eagle3", lambda _: gives)
+    return target
 
 
 def measurement(off=(10.0, 10.0), idle=(10.1, 10.2), one=(10.3, 30.0)) -> dict:
@@ -41,3 +55,11 @@ def rewritten(spec: dict, target=None, parallel=PARALLEL, load_format: str = "du
     from vllm_gumiho.request import resolve
 
     return resolve(spec, target or fake_target(), parallel, load_format).for_vllm()
+
+
+def refusal(spec: dict, target) -> str:
+    """Why a request is refused: one line."""
+    with pytest.raises(CheckpointError) as error:
+        rewritten(spec, target)
+    assert "\n" not in str(error.value)
+    return str(error.value)

@@ -187,7 +187,7 @@ LAYERED = """
 ## Gumiho that reads several layers
 
 The same states, for [heads whose first step reads several of the target's layers](training.md#several-layers).
-After that step all is Gumiho's, whose rows hold there by the same code. These were run.
+A row that is missing here has no proof with this drafter yet.
 
 | feature | state | 0.32 | 0.33 | proven by |
 |---|---|---|---|---|

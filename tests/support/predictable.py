@@ -91,6 +91,16 @@ def write_checkpoint(folder: Path, vocab: int = VOCAB, config: dict | None = Non
     return tiny.write_released(folder, tensors, config)
 
 
+def write_layered(folder: Path, vocab: int = VOCAB, noise: float = 3.5, read: float = 2.0) -> Path:
+    """As `write_checkpoint`, reading states of the target's layers, which overrule the successor now and then."""
+    tensors = load(write_checkpoint(folder, vocab, noise=noise))
+    layered = tiny.layered_tensors(layers=(0, 1, 2), hidden_size=HIDDEN, vocab_size=vocab)
+    tensors |= {name: tensor for name, tensor in layered.items() if name.startswith(("state_norms.", "combine."))}
+    random = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(6))
+    tensors["fc.weight"][:, HIDDEN:] = random * read / HIDDEN**0.5
+    return tiny.write_released(folder, tensors)
+
+
 def write_moa(folder: Path, vocab: int = VOCAB, noise: float = 0.0) -> Path:
     """Mixture of Attentions that drafts successors: its attentions pass the embedding on.
 

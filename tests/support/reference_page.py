@@ -31,7 +31,12 @@ class Key:
 
 
 KEYS = (
-    Key("method", READ, '`"gumiho"` or `"moa"`. It may be left out where `model` is a checkpoint of ours.'),
+    Key(
+        "method",
+        READ,
+        '`"gumiho"` or `"moa"`, or left out where `model` is a checkpoint of ours. `"gumiho-layers"` takes layered '
+        "heads alone.",
+    ),
     Key("model", READ, "Draft checkpoint: a folder, a weight file or a hub name. Without it, the target's known one."),
     Key(
         "num_speculative_tokens",

@@ -13,6 +13,7 @@ from vllm_gumiho.drafters import DEFAULT, DRAFTERS
 from vllm_gumiho.engines.facts import default_dtype, on_cpu
 from vllm_gumiho.engines.prompts import QUESTIONS
 from vllm_gumiho.engines.target import find_target
+from vllm_gumiho.errors import BenchError
 from vllm_gumiho.evaluation import plan
 from vllm_gumiho.evaluation.sets import read_set
 from vllm_gumiho.files import sha256_of
@@ -117,11 +118,17 @@ def _variants(settings: Settings, target: str) -> list[Variant]:
     found = [Variant("none")]
     others = {*DRAFTERS} - {DEFAULT.name} | ({"eagle"} if settings.eagle_checkpoint is None else set())
     asked = settings.methods or tuple(method for method in METHODS if method not in others)
+    ours: dict[str, str] = {}
     for method in asked:
         if method == "none":
             continue
         checkpoint = settings.eagle_checkpoint if method == "eagle" else settings.checkpoint
         drafter = plan.find_drafter(method, checkpoint, settings.num_speculative_tokens, target)
+        if method in DRAFTERS and (same := ours.setdefault(str(drafter.path), method)) != method:
+            raise BenchError(
+                f"--method {same} and --method {method} would both measure {drafter.path}; give one of them, and "
+                "compare two checkpoints by a bench of each"
+            )
         found += [Variant(method, k, plan.speculative_config(method, drafter, k)) for k in drafter.lengths]
     return found
 

@@ -46,7 +46,10 @@ class Sizes(Protocol):
 
 @dataclass(frozen=True)
 class RoundBytes:
-    """Bytes read by one serial step, by all heads, each with their pass over the LM head, and by a whole round."""
+    """Bytes read by one serial step, by all heads, each with their pass over the LM head, and by a whole round.
+
+    The round has what makes a feature of several layers too, once.
+    """
 
     serial: int
     heads: int

@@ -15,6 +15,8 @@ from vllm_gumiho.errors import CheckpointError
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
+# Classes of vLLM 0.32 that say they give states, and whose inner model does not.
+_GIVE_NONE = ("MiMoForCausalLM",)
 # config.json: whose states vLLM is to give, in this order.
 LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
 
@@ -34,9 +36,15 @@ def check_layers(where: Path, layers: Collection[int], target: ModelConfig) -> s
             f"{where}: reads states of layer {', '.join(beyond)}, and target {target.model} has {count} layers; "
             "use a checkpoint trained for this target"
         )
-    if not supports_eagle3(kind):
+    name = str(kind.__name__)
+    if not supports_eagle3(kind) or name in _GIVE_NONE:
         raise CheckpointError(
-            f"{where}: reads states of inner layers, which vLLM's class {kind.__name__} of target "
-            f"{target.model} does not give; use a drafter that reads the last state alone, such as gumiho"
+            f"{where}: reads states of inner layers, which vLLM's class {name} of target {target.model} does not give; "
+            "use a drafter that reads the last state alone, such as a Gumiho checkpoint without state_norms"
         )
-    return str(kind.__name__)
+    if 0 in layers and name.startswith("Transformers"):
+        raise CheckpointError(
+            f"{where}: reads states of layer 0, the embeddings, which vLLM's class {name} of target {target.model} "
+            "does not give; use a checkpoint that reads later layers"
+        )
+    return name

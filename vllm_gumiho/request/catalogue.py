@@ -41,7 +41,7 @@ def find_checkpoint(target: str, drafter: Drafter = DEFAULT) -> str:
     for known, checkpoint in pairs.items():
         if known.lower() in names or (Path(target).is_dir() and known.split("/")[-1].lower() in names):
             return checkpoint
-    listing = "\n".join(f"  {known} -> {checkpoint}" for known, checkpoint in pairs.items())
+    listing = "\n".join(f"  {known} -> {checkpoint}" for known, checkpoint in pairs.items()) or "  none"
     raise CheckpointError(
         f"no {drafter.title} checkpoint is known for target {target!r}.  Known:\n{listing}\n"
         f'Name one with "model": CHECKPOINT in the speculative config, or add the pair to a JSON object in '

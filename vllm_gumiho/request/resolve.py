@@ -117,7 +117,9 @@ def asks_for_ours(spec: dict[str, Any]) -> bool:
         return False
     published = (drafter for drafter in DRAFTERS.values() if model.lower().startswith(drafter.hub_prefix))
     found = next(published, None) or drafter_in(model)
-    return found is not None and method in (None, found.vllm_method)
+    if found is None:
+        return False
+    return method in (None, found.vllm_method, *(DRAFTERS[name].vllm_method for name in found.also_named))
 
 
 def resolve(

@@ -64,7 +64,8 @@ def features(
     feature_cache: Annotated[Path, typer.Option(help="Folder that keeps target features (bfloat16).")],
     row_length: Annotated[int, typer.Option(help="Tokens of a conversation that are kept: those of a row.")] = 1024,
     target_layers: Annotated[
-        list[int] | None, typer.Option(help="Layers whose states MoA reads, kept too; repeat.  Default: none.")
+        list[int] | None,
+        typer.Option(help="Layers whose states are kept too; repeat.  Default: none."),
     ] = None,
     bf16: Annotated[bool, typer.Option(help="bfloat16 autocast.")] = True,
 ) -> None:

@@ -33,8 +33,8 @@ class Recipe:
     init: ``linear``, a linear fit in closed form (`vllm_gumiho.training.start`); ``random`` small layers that pass the
     feature through; or ``target``, its own last layers.  None is ``linear``, for MoA ``random``.  init_from: a
     checkpoint to start from.
-    fc_rate: of the learning rate, for ``fc``; None is `FITTED_RATE` for a linear start, else 1: at the full rate the
-    fit is lost within 50,000 tokens.
+    fc_rate: of the learning rate, for ``fc`` and what makes a feature of several layers; None is `FITTED_RATE` for a
+    linear start, else 1: at the full rate the fit is lost within 50,000 tokens.
     schedule: after the warm-up ``cosine`` decay over the whole run, or a ``stable`` rate, that decays in the last
     ``decay_steps`` steps.  branch_from: a checkpoint of another run that this one goes on from, so that a stable run
     can be decayed from any of its checkpoints while it goes on itself.
@@ -68,7 +68,7 @@ class Recipe:
     row_length: int = option(1024, "Tokens a packed row.")
     optimizer: str = option("adamw", "'adamw' (the paper's), 'muon', or 'muon-serial' (AdamW for the heads).")
     learning_rate: float = option(5e-4, "At its highest.")
-    fc_rate: float | None = option(None, "Of it, for fc; 0.1 for a linear start, else 1.")
+    fc_rate: float | None = option(None, "Of it, for what a linear start fits; 0.1 after one, else 1.")
     warmup_ratio: float = option(0.03, "Share of the steps in which it rises.")
     schedule: str = option("cosine", "'cosine' decay over the run, or 'stable' until the last --decay-steps.")
     decay_steps: int = option(0, "Steps at the end in which a stable rate falls to 0.")

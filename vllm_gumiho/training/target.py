@@ -213,7 +213,7 @@ class FrozenTarget:
         if not count or not hasattr(self.model.base_model, "norm"):
             raise RecipeError(
                 f"target {self.name}: {type(self.model).__name__} has no list of layers with a norm after it, whose "
-                "states MoA reads; train gumiho or eagle for this target"
+                "states are read; train recipe unrolled, paper or eagle for this target"
             )
         wrong = [layer for layer in self.layers if not 0 <= layer <= count]
         if wrong:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_gumiho.drafters.target_layers import LAYERS_KEY, check_layers
+from vllm_gumiho.errors import CheckpointError
 
 if TYPE_CHECKING:
     from vllm_gumiho.checkpoint.files import TensorInfo
@@ -59,6 +60,7 @@ class Gumiho:
     }
     hub_prefix = "amd/gumiho-"
     also_named: Collection[str] = ()
+    reads_layers = False
     takes_eight_bits = True
     config_keys: tuple[str, ...] = _OWN_KEYS
 
@@ -76,7 +78,14 @@ class Gumiho:
         """See `layout.read_sizes`; the tensors tell everything."""
         from vllm_gumiho.drafters.gumiho.layout import read_sizes
 
-        return read_sizes(where, infos)
+        sizes = read_sizes(where, infos)
+        if bool(sizes.target_layers) != self.reads_layers:
+            found = "with" if sizes.target_layers else "without"
+            raise CheckpointError(
+                f"{where}: config.json says {self.name!r}, and its tensors are of another drafter ({found} "
+                "state_norms); fetch it again, or convert the tensors without this config.json"
+            )
+        return sizes
 
     def layer_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """All of it: a Llama config of the draft layers."""
@@ -122,7 +131,10 @@ class LayeredGumiho(Gumiho):
     }
     reads = "the input states of some of the target's layers"
     released: Mapping[str, str] = {}
+    # None is published.
+    hub_prefix = "gumiho-layers:"
     also_named = (Gumiho.name,)
+    reads_layers = True
     config_keys = (*_OWN_KEYS, LAYERS_KEY)
 
     def has_tensors(self, names: Collection[str]) -> bool:

@@ -124,4 +124,5 @@ class LayeredGumihoDrafter(GumihoDrafter):
     def fitted_parameters(self) -> Iterator[nn.Parameter]:
         """Of ``fc``, and of what makes a feature of the layers."""
         yield from super().fitted_parameters()
+        yield from self.state_norms.parameters()
         yield from self.combine.parameters()
