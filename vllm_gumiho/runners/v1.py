@@ -219,6 +219,5 @@ class LayeredGumihoProposer(GumihoProposer):
 
     @torch.inference_mode()
     def _dummy_features(self, rows: int) -> None:
-        self.model.combine_hidden_states(
-            self.hidden_states.new_zeros(rows, self.model.first_step.num_states * self.hidden_size)
-        )
+        width = self.model.first_step.num_states * self.hidden_states.shape[-1]
+        self.model.combine_hidden_states(self.hidden_states.new_zeros(rows, width))
