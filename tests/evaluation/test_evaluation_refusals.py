@@ -68,7 +68,7 @@ def test_a_wrong_set_is_named_by_file_and_line(refused, prompts, content, messag
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "medusa"}, "'medusa': no such method; give one of gumiho, moa, eagle, ngram, none"),
+        ({"method": "medusa"}, "'medusa': no such method; give one of gumiho, gumiho-layers, moa, eagle, ngram, none"),
         ({"num_speculative_tokens": (8,)}, "num_speculative_tokens=8 .* give a whole number from 1 to 7"),
         ({"num_speculative_tokens": (3, 0)}, "--num-speculative-tokens 0: give whole numbers from 1"),
         ({"num_speculative_tokens": (3, 3)}, "a value is given twice"),

@@ -183,7 +183,10 @@ def test_a_drafter_of_a_reduced_vocabulary_and_eagle_1_are_served(tmp_path, tiny
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recipe": "best"}, "recipe 'best' is not known; choose one of paper, unrolled, eagle, moa, moa-paper"),
+        (
+            {"recipe": "best"},
+            "recipe 'best' is not known; choose one of paper, unrolled, unrolled-layers, eagle, moa, moa-paper",
+        ),
         ({"steps": 0}, "steps is 0; it must be above 0"),
         ({"own_tokens": 2.0}, "own_tokens is 2.0; it must lie between 0 and 1"),
         ({"num_heads": 0}, "num_heads is 0"),
