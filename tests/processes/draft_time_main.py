@@ -1,7 +1,8 @@
-"""Time of a draft with each ``draft_weights``, engines alternating: ``--target FOLDER --prompts FOLDER --output FILE``.
+"""Time of a draft, engines alternating: ``--target FOLDER --prompts FOLDER --output FILE``.
 
-The drafter's call is timed in model runner V1, whose CPU form waits for what it has asked for.  Tokens a second are
-those of the whole engine.
+One engine for each of ``--checkpoint`` and ``--weights``, named by the one that there are several of.  The drafter's
+call is timed in model runner V1, whose CPU form waits for what it has asked for.  Tokens a second are those of the
+whole engine.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ TASKS = {"generate": generate}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", required=True)
-    parser.add_argument("--checkpoint", default="gumiho")
+    parser.add_argument("--checkpoint", nargs="+", default=["gumiho"], help="NAME=FOLDER or FOLDER")
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--weights", nargs="+", default=["bf16", "auto", "int8"])
@@ -71,7 +72,10 @@ def main() -> None:
     found: dict[str, Any] = {}
     for length in LENGTHS:
         with contextlib.ExitStack() as stack:
-            engines = {kind: stack.enter_context(engine(args, kind, length, here)) for kind in args.weights}
+            engines = {
+                name: stack.enter_context(engine(args, name, checkpoint, weights, length, here))
+                for name, checkpoint, weights in kinds(args)
+            }
             for one in engines.values():
                 for batch in BATCHES:
                     one.ask("generate", prompts=prompts[:batch], max_tokens=8)
@@ -92,15 +96,23 @@ def read(folder: Path, target: str) -> list[list[int]]:
     return found
 
 
-def engine(args: argparse.Namespace, kind: str, length: int, path: str) -> Any:
+def kinds(args: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Name, checkpoint and ``draft_weights`` of each engine."""
+    found = []
+    for one in args.checkpoint:
+        name, _, folder = one.rpartition("=")
+        for weights in args.weights:
+            parts = [name or Path(folder).name] if len(args.checkpoint) > 1 else []
+            parts += [weights] if len(args.weights) > 1 or not parts else []
+            found.append((" ".join(parts), folder, weights))
+    return found
+
+
+def engine(args: argparse.Namespace, name: str, checkpoint: str, weights: str, length: int, path: str) -> Any:
     from vllm_gumiho.engines.process import Worker
 
-    speculative = {
-        "method": "gumiho",
-        "model": args.checkpoint,
-        "num_speculative_tokens": length,
-        "draft_weights": kind,
-    }
+    # The checkpoint says whose it is.
+    speculative = {"model": checkpoint, "num_speculative_tokens": length, "draft_weights": weights}
     llm = {
         "model": args.target,
         "dtype": args.dtype,
@@ -111,7 +123,7 @@ def engine(args: argparse.Namespace, kind: str, length: int, path: str) -> Any:
         "speculative_config": speculative,
     }
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": path}
-    return Worker("draft_time_main", {"llm": llm}, kind, environment=environment)
+    return Worker("draft_time_main", {"llm": llm}, name, environment=environment)
 
 
 def compared(engines: dict[str, Any], prompts: list[list[int]], batch: int) -> dict[str, Any]:
