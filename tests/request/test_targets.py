@@ -262,9 +262,9 @@ def test_check_says_what_is_known_of_a_target_by_its_config_alone(tmp_path):
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     found = check_target(str(tmp_path / "llama"))
     assert (found.unserved, found.untrained, found.checkpoint, found.notes) == (None, None, None, ())
-    assert any(
-        "disable_hybrid_kv_cache_manager" in note for note in check_target(str(tmp_path / "gemma3 in turn")).notes
-    )
+    notes = check_target(str(tmp_path / "gemma3 in turn")).notes
+    assert any("disable_hybrid_kv_cache_manager" in note for note in notes)
+    assert any("Gemma3ForCausalLM gives no states of inner layers" in note for note in notes)
     vision = check_target(str(tmp_path / "qwen2_vl"))
     assert (vision.unserved, vision.untrained) == (None, None)
     assert any("drafts from text" in note for note in vision.notes)

@@ -21,13 +21,19 @@ _GIVE_NONE = ("MiMoForCausalLM",)
 LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
 
 
+def gives_states(kind: type) -> bool:
+    """Whether vLLM's class of a target gives states of its inner layers."""
+    from vllm.model_executor.models.interfaces import supports_eagle3
+
+    return bool(supports_eagle3(kind)) and kind.__name__ not in _GIVE_NONE
+
+
 def check_layers(where: Path, layers: Collection[int], target: ModelConfig) -> str:
     """Name of the target's vLLM class, which gives the states of these layers.
 
     where: the checkpoint that reads them.  Raises: CheckpointError where the target has fewer layers, or gives none.
     """
     from vllm.model_executor.model_loader.utils import get_model_cls
-    from vllm.model_executor.models.interfaces import supports_eagle3
 
     count, kind = target.get_total_num_hidden_layers(), get_model_cls(target)
     beyond = [str(layer) for layer in layers if layer > count]
@@ -37,7 +43,7 @@ def check_layers(where: Path, layers: Collection[int], target: ModelConfig) -> s
             "use a checkpoint trained for this target"
         )
     name = str(kind.__name__)
-    if not supports_eagle3(kind) or name in _GIVE_NONE:
+    if not gives_states(kind):
         raise CheckpointError(
             f"{where}: reads states of inner layers, which vLLM's class {name} of target {target.model} does not give; "
             "use a drafter that reads the last state alone, such as a Gumiho checkpoint without state_norms"

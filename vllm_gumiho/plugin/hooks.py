@@ -63,6 +63,8 @@ SERVING: tuple[Hook, ...] = (
          ("model_arch", "model_cls")),
     Hook(f"{_MODELS}.registry", "_ModelRegistry.get_supported_archs", "called",
          "check: vLLM's classes by architecture"),
+    Hook(f"{_MODELS}.registry", "_BaseRegisteredModel.load_model_cls", "called", "check: a target's class"),
+    Hook(f"{_MODELS}.registry", "_ModelRegistry", "called", "check: a target's class", ("models",)),
     Hook("vllm.transformers_utils.configs.speculators.algos", "register_speculator", "registered",
          "config.json of the speculators format", ("name",)),
     Hook("vllm.model_executor.model_loader", "register_model_loader", "registered", "strict reading of checkpoints",

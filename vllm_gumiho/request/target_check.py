@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_gumiho.drafters.target_layers import gives_states
 from vllm_gumiho.errors import CheckpointError
 from vllm_gumiho.request.catalogue import find_checkpoint
 from vllm_gumiho.request.kv_groups import tears_drafts_apart
@@ -78,7 +79,7 @@ def check_target(target: str) -> Verdict:
         unserved,
         _untrained(config, target),
         checkpoint,
-        tuple(_notes(config)),
+        tuple(_notes(config)) + (() if unserved else _without_states(architecture)),
     )
 
 
@@ -98,6 +99,18 @@ def _untrained(config: Any, name: str) -> str | None:
     if known and not getattr(config, "is_encoder_decoder", False):
         return None
     return f"target {name}: transformers has no causal LM for {config.model_type}; heads are trained for these alone"
+
+
+def _without_states(architecture: str) -> tuple[str, ...]:
+    """A note where vLLM's class of the target gives the last state alone."""
+    registry = importlib.import_module("vllm.model_executor.models.registry")
+    try:
+        kind = registry.ModelRegistry.models[architecture].load_model_cls()
+    except ImportError:  # of a package that this class wants
+        return ()
+    if gives_states(kind):
+        return ()
+    return (f"vLLM's class {kind.__name__} gives no states of inner layers: moa and gumiho-layers cannot draft for it",)
 
 
 def _notes(config: Any) -> list[str]:
