@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _GIVE_NONE = ("MiMoForCausalLM",)
 # config.json: whose states vLLM is to give, in this order.
 LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
+# What is made of states and alive at a time: a long prefill goes through in chunks.
+CHUNK_BYTES = 64 << 20
 
 
 def gives_states(kind: type) -> bool:

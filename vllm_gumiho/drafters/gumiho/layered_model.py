@@ -18,10 +18,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from vllm_gumiho.drafters.gumiho.layout import COMBINE
 from vllm_gumiho.drafters.gumiho.model import GumihoForCausalLM, layer_quant_config
-from vllm_gumiho.drafters.target_layers import LAYERS_KEY
-
-# Normalised states that are alive at a time: a long prefill goes through in chunks.
-CHUNK_BYTES = 64 << 20
+from vllm_gumiho.drafters.target_layers import CHUNK_BYTES, LAYERS_KEY
 
 
 class FirstStep(nn.Module):

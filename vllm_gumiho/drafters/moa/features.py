@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from vllm_gumiho.drafters.moa.layers import AttentionLayer
 from vllm_gumiho.drafters.moa.layout import LayerShape
+from vllm_gumiho.drafters.target_layers import CHUNK_BYTES
 from vllm_gumiho.drafters.trainable_layers import DrafterConfig, RMSNorm
-
-# Activations of the layer attention that are alive at a time: a long prefill goes through it in chunks.
-CHUNK_BYTES = 64 << 20
 
 
 class LayerFeatures(nn.Module):
