@@ -109,10 +109,17 @@ def kinds(args: argparse.Namespace) -> list[tuple[str, str, str]]:
 
 
 def engine(args: argparse.Namespace, name: str, checkpoint: str, weights: str, length: int, path: str) -> Any:
+    from vllm_gumiho.drafters import DRAFTERS
+    from vllm_gumiho.drafters.checkpoints import open_checkpoint
     from vllm_gumiho.engines.process import Worker
+    from vllm_gumiho.errors import CheckpointError
 
-    # The checkpoint says whose it is.
-    speculative = {"model": checkpoint, "num_speculative_tokens": length, "draft_weights": weights}
+    speculative = {"model": checkpoint, "num_speculative_tokens": length}
+    try:
+        name_of = checkpoint if checkpoint in DRAFTERS else open_checkpoint(Path(checkpoint)).drafter.name
+        speculative |= {"method": name_of, "draft_weights": weights}
+    except CheckpointError:
+        speculative["method"] = "eagle"  # vLLM's own
     llm = {
         "model": args.target,
         "dtype": args.dtype,
