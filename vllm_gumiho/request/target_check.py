@@ -106,7 +106,7 @@ def _without_states(architecture: str) -> tuple[str, ...]:
     registry = importlib.import_module("vllm.model_executor.models.registry")
     try:
         kind = registry.ModelRegistry.models[architecture].load_model_cls()
-    except ImportError:  # of a package that this class wants
+    except (ImportError, RuntimeError):  # a package that this class wants is not there, or of another build
         return ()
     if gives_states(kind):
         return ()
