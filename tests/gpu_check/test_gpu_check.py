@@ -14,18 +14,18 @@ from vllm_gumiho.engines.record import record_drafts
 from vllm_gumiho.errors import EngineError, GpuCheckError
 from vllm_gumiho.gpu_check import command, parts
 from vllm_gumiho.gpu_check.command import gpu_check, run_part
-from vllm_gumiho.gpu_check.models import Reference, write_pair
+from vllm_gumiho.gpu_check.models import Reference, write_models
 from vllm_gumiho.gpu_check.parts import FAILS, HOLDS, NOT_RUN, PARTS, Check, Machine, Outcome
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> dict[str, str]:
-    return write_pair(tmp_path_factory.mktemp("pair"))
+def models(tmp_path_factory) -> dict[str, str]:
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
-@pytest.fixture(scope="module")
-def reference(pair) -> Reference:
-    return Reference(pair)
+@pytest.fixture(scope="module", params=["gumiho", "gumiho-layers", "moa"])
+def reference(request, models) -> Reference:
+    return Reference(models, request.param)
 
 
 @pytest.fixture
@@ -56,7 +56,14 @@ def test_kernels_in_the_interpreter(tmp_path, name):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", ["V1 graphs", *(long(name) for name in ("V1 eager", "V2 eager", "V2 graphs"))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("V1 graphs", "V1 graphs, MoA"),
+        *(long(name) for name in ("V1 eager", "V2 eager", "V2 graphs")),
+        *(long(name) for name in ("V2 graphs, MoA", "V1 graphs, several layers", "V2 graphs, several layers")),
+    ],
+)
 def test_engines_on_the_cpu(tmp_path, name):
     part = dry_run(tmp_path, name)[name]
     assert (part["state"], part["problems"]) == (HOLDS, [])
@@ -77,42 +84,37 @@ def test_ranks_and_speed_on_the_cpu(tmp_path, name):
         assert {len(rates) for rates in part["facts"]["tokens_per_second"].values()} == {2}
 
 
-def right_draft(reference, text: list[int]) -> list[int]:
-    import torch
-
-    tokens = torch.tensor(text)
-    with torch.inference_mode():
-        features = reference.target(tokens[None, :-1]).last_hidden_state[0]
-        return reference.drafter.draft(tokens, features)[0]
+TEXT = [3, 17, 90, 4, 55, 120]
 
 
 def test_a_draft_is_compared_token_by_token(reference):
-    text = [3, 17, 90, 4, 55, 120]
-    right = right_draft(reference, text)
-    assert reference.compare(text, right) == "equal"
-    assert reference.compare(text, right[:3]) == "equal"
-    for position in range(7):
+    right, _ = reference.draft(TEXT, parts.K)
+    assert (len(right), reference.compare(TEXT, right)) == (parts.K, "equal")
+    assert reference.compare(TEXT, right[:3]) == "equal"
+    for position in range(parts.K):
         wrong = [(token + (i == position)) % 160 for i, token in enumerate(right)]
-        assert reference.compare(text, wrong) == "wrong"
+        assert reference.compare(TEXT, wrong) == "wrong"
 
 
-def test_engines_that_draft_wrongly_do_not_hold(monkeypatch, reference, pair, check):
+def test_engines_that_draft_wrongly_do_not_hold(monkeypatch, reference, models, check):
     """Texts are the same whatever is drafted: only the drafts tell."""
-    text = [3, 17, 90, 4, 55, 120]
-    right = right_draft(reference, text)
-    found = {"texts": [[1, 2]], "accepted": [1], "engine": {}, "drafts": [[text, right]] * 12}
-    check._pair = pair
+    right, _ = reference.draft(TEXT, parts.K)
+    found = {"texts": [[1, 2]], "accepted": [1], "engine": {}, "drafts": [[TEXT, right]] * 12}
+    check._models = models
     monkeypatch.setattr(check, "_generate", lambda *a, **k: found)
-    assert check.engine("V1 eager", "v1", False).state == HOLDS
-    # The heads' tokens, as they are where the heads read a damaged vector.
-    found["drafts"] = [[text, right[:2] + right[:1:-1]]] * 12
-    outcome = check.engine("V1 eager", "v1", False)
-    assert outcome.state == FAILS
-    assert "drafts are not the reference's" in outcome.line()
+
+    def outcome() -> Outcome:
+        return check.engine("V1 eager", "v1", False, reference.name)
+
+    assert outcome().state == HOLDS
+    # The later tokens, as they are where the heads read a damaged vector.
+    found["drafts"] = [[TEXT, right[:2] + right[:1:-1]]] * 12
+    assert outcome().state == FAILS
+    assert "drafts are not the reference's" in outcome().line()
     found["drafts"] = []
-    assert check.engine("V1 eager", "v1", False).state == FAILS
-    found |= {"drafts": [[text, right]] * 12, "texts": [[1, 3]]}
-    assert check.engine("V1 eager", "v1", False).problems == ["a text is not the target's own"]
+    assert outcome().state == FAILS
+    found |= {"drafts": [[TEXT, right]] * 12, "texts": [[1, 3]]}
+    assert outcome().problems == ["a text is not the target's own"]
 
 
 def test_ranks_that_accept_otherwise_do_not_hold(monkeypatch, tmp_path):
@@ -157,7 +159,7 @@ def test_kernels_that_are_wrong_or_slow_do_not_hold(monkeypatch, tmp_path):
 
 def test_engines_that_lose_by_the_kernels_do_not_hold(monkeypatch, tmp_path):
     check = Check(Machine(1), tmp_path, math.inf)
-    monkeypatch.setattr(parts, "write_models", lambda shape, folder: {"target": folder, "gumiho": folder})
+    monkeypatch.setattr(parts.shapes, "write_models", lambda shape, folder: {"target": folder, "gumiho": folder})
     monkeypatch.setattr(check, "_engine", lambda name, *a, **k: FakeWorker(switch=name.split()[-1]))
     speed = {("0", 1): 100.0, ("0", 8): 100.0, ("0", 32): 100.0, ("0", 64): 100.0}
     speed |= {("auto", 1): 110.0, ("auto", 8): 98.0, ("auto", 32): 96.0, ("auto", 64): 100.0}
@@ -192,8 +194,12 @@ def test_a_gpus_kernels_are_checked_at_every_shape():
     assert {1, 8, 32, 64} == set(Machine(1).at_once)
 
 
-def test_the_parts_fit_nine_minutes():
-    assert sum(estimate for _, estimate in PARTS.values()) < 540
+def test_the_parts_of_the_default_drafter_fit_nine_minutes():
+    names = list(PARTS)
+    first_of_others = next(i for i, name in enumerate(names) if "," in name)
+    assert sum(PARTS[name][1] for name in names[:first_of_others]) < 540
+    assert all("," in name for name in names[first_of_others:])
+    assert sum(estimate for _, estimate in PARTS.values()) < 15 * 60
 
 
 def test_a_part_that_would_end_late_is_not_started(tmp_path):

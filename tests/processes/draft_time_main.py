@@ -1,14 +1,15 @@
 """Time of a draft, engines alternating: ``--target FOLDER --prompts FOLDER --output FILE``.
 
-One engine for each of ``--checkpoint`` and ``--weights``, named by the one that there are several of.  The drafter's
-call is timed in model runner V1, whose CPU form waits for what it has asked for.  Tokens a second are those of the
-whole engine.
+One engine for each of ``--checkpoint``, ``--weights`` and ``--per-request``, named by those that there are several of,
+and with ``--off`` one without speculation.  The drafter's call is timed in model runner V1, whose CPU form waits for
+what it has asked for.  Tokens a second are those of the whole engine; sent and accepted are counted over all rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 ROUNDS, TOKENS, LONGEST = 4, 32, 400
-LENGTHS, BATCHES = (7, 3), (1, 4, 8)
+MEDIANS, COUNTS = ("draft_ms", "tokens_per_s"), ("drafts", "sent", "accepted")
+K = "num_speculative_tokens"
 
 
 def start(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -25,8 +27,11 @@ def start(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from vllm_gumiho.engines.worker import start_engine
 
     llm, facts = start_engine(job)
+    llm.spent = []
+    if "speculative_config" not in job["llm"]:
+        return llm, facts
     drafter = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
-    propose, llm.spent = drafter.propose, []
+    propose = drafter.propose
 
     def timed(*args: Any, **named: Any) -> Any:
         begin = time.perf_counter()
@@ -39,19 +44,26 @@ def start(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def generate(llm: Any, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
-    """Greedy texts, tokens a second, and the mean milliseconds of a draft."""
+    """Greedy texts, tokens a second, the mean milliseconds of a draft, and drafts and tokens sent and accepted."""
     from vllm import SamplingParams
 
+    from vllm_gumiho.engines.counters import read_counts
+
     llm.spent.clear()
+    before = read_counts(llm.get_metrics())
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
     begin = time.perf_counter()
     outputs = llm.generate([{"prompt_token_ids": one} for one in prompts], sampling, use_tqdm=False)
     seconds = time.perf_counter() - begin
     texts = [list(output.outputs[0].token_ids) for output in outputs]
+    counted = read_counts(llm.get_metrics()) - before
     return {
         "texts": texts,
         "tokens_per_s": sum(map(len, texts)) / seconds,
-        "draft_ms": 1000 * statistics.mean(llm.spent),
+        "draft_ms": 1000 * statistics.mean(llm.spent or [0.0]),
+        "drafts": counted.drafts,
+        "sent": counted.draft_tokens,
+        "accepted": counted.accepted_tokens,
     }
 
 
@@ -65,21 +77,25 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--weights", nargs="+", default=["bf16", "auto", "int8"])
+    parser.add_argument("--per-request", nargs="+", default=["no"], choices=["no", "confident"])
+    parser.add_argument("--off", action="store_true")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[7, 3], help="K")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8], help="at most 8")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     prompts = read(args.prompts, args.target)
     here = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     found: dict[str, Any] = {}
-    for length in LENGTHS:
+    for length in args.lengths:
         with contextlib.ExitStack() as stack:
             engines = {
-                name: stack.enter_context(engine(args, name, checkpoint, weights, length, here))
-                for name, checkpoint, weights in kinds(args)
+                name: stack.enter_context(engine(args, name, config and config | {K: length}, here))
+                for name, config in kinds(args).items()
             }
             for one in engines.values():
-                for batch in BATCHES:
+                for batch in args.batches:
                     one.ask("generate", prompts=prompts[:batch], max_tokens=8)
-            for batch in BATCHES:
+            for batch in args.batches:
                 found[f"K={length}, {batch} at once"] = compared(engines, prompts, batch)
                 args.output.write_text(json.dumps(found, indent=1))
 
@@ -96,39 +112,46 @@ def read(folder: Path, target: str) -> list[list[int]]:
     return found
 
 
-def kinds(args: argparse.Namespace) -> list[tuple[str, str, str]]:
-    """Name, checkpoint and ``draft_weights`` of each engine."""
-    found = []
-    for one in args.checkpoint:
+def kinds(args: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
+    """The speculative config of each engine but for K, None without speculation, by its name."""
+    from vllm_gumiho.drafters import DRAFTERS
+    from vllm_gumiho.drafters.checkpoints import open_checkpoint
+    from vllm_gumiho.errors import CheckpointError
+
+    found: dict[str, dict[str, Any] | None] = {"off": None} if args.off else {}
+    for one, weights, by_request in itertools.product(args.checkpoint, args.weights, args.per_request):
         name, _, folder = one.rpartition("=")
-        for weights in args.weights:
-            parts = [name or Path(folder).name] if len(args.checkpoint) > 1 else []
-            parts += [weights] if len(args.weights) > 1 or not parts else []
-            found.append((" ".join(parts), folder, weights))
+        config: dict[str, Any] = {"model": folder}
+        try:
+            method = folder if folder in DRAFTERS else open_checkpoint(Path(folder)).drafter.name
+            config |= {"method": method, "draft_weights": weights}
+        except CheckpointError:
+            config["method"] = "eagle"  # vLLM's own
+        parts = [name or Path(folder).name] if len(args.checkpoint) > 1 else []
+        parts += [weights] if len(args.weights) > 1 else []
+        if by_request == "confident":
+            config["num_speculative_tokens_per_request"] = by_request
+            parts.append(by_request)
+        found[" ".join(parts) or "on"] = config
     return found
 
 
-def engine(args: argparse.Namespace, name: str, checkpoint: str, weights: str, length: int, path: str) -> Any:
-    from vllm_gumiho.drafters import DRAFTERS
-    from vllm_gumiho.drafters.checkpoints import open_checkpoint
+def engine(args: argparse.Namespace, name: str, speculative: dict[str, Any] | None, path: str) -> Any:
     from vllm_gumiho.engines.process import Worker
-    from vllm_gumiho.errors import CheckpointError
 
-    speculative = {"model": checkpoint, "num_speculative_tokens": length}
-    try:
-        name_of = checkpoint if checkpoint in DRAFTERS else open_checkpoint(Path(checkpoint)).drafter.name
-        speculative |= {"method": name_of, "draft_weights": weights}
-    except CheckpointError:
-        speculative["method"] = "eagle"  # vLLM's own
     llm = {
         "model": args.target,
         "dtype": args.dtype,
         "max_model_len": 2 * LONGEST,
-        "max_num_seqs": max(BATCHES),
+        "max_num_seqs": max(args.batches),
         "enforce_eager": True,
         "enable_prefix_caching": False,
-        "speculative_config": speculative,
+        # Under it drafts keep their full length, and counts come late.
+        "async_scheduling": False,
+        "disable_log_stats": False,
     }
+    if speculative is not None:
+        llm["speculative_config"] = speculative
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": path}
     return Worker("draft_time_main", {"llm": llm}, name, environment=environment)
 
@@ -143,7 +166,8 @@ def compared(engines: dict[str, Any], prompts: list[list[int]], batch: int) -> d
     texts = {json.dumps([one["texts"] for one in of]) for of in rounds.values()}
     assert len(texts) == 1, "texts differ"
     return {
-        kind: {name: round(statistics.median(one[name] for one in of), 2) for name in ("draft_ms", "tokens_per_s")}
+        kind: {name: round(statistics.median(one[name] for one in of), 2) for name in MEDIANS}
+        | {name: sum(one[name] for one in of) for name in COUNTS}
         for kind, of in rounds.items()
     }
 

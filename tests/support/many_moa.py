@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reference_moa import ReferenceMoa
 from safetensors.torch import load_file
 from torch import Tensor
+
+from vllm_gumiho.drafters.moa.reference import ReferenceMoa
 
 
 def pairs_turned(x: Tensor, positions: Tensor, frequencies: list[float]) -> Tensor:

@@ -37,8 +37,8 @@ def target_config(**changes) -> dict:
     } | changes
 
 
-def write_target(folder: Path, seed: int = 0, **changes) -> Path:
-    """A random Llama with peaked enough logits that greedy decoding is not a run of ties."""
+def write_target(folder: Path, seed: int = 0, std: float = 0.08, **changes) -> Path:
+    """A random Llama with peaked enough logits that greedy decoding is not a run of ties; ``std`` of its matrices."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -48,7 +48,7 @@ def write_target(folder: Path, seed: int = 0, **changes) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter.normal_(std=0.08)
+                parameter.normal_(std=std)
     model.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1}))
     return folder

@@ -8,11 +8,11 @@ from typing import Any
 
 import tiny
 import torch
-from reference_moa import ReferenceMoa
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vllm_gumiho.drafters.moa.layout import LayerShape
+from vllm_gumiho.drafters.moa.reference import ReferenceMoa
 from vllm_gumiho.drafters.moa.trainable import MoaConfig, MoaDrafter
 
 LAYERS, TARGET_LAYERS = tiny.LAYERS, tiny.TARGET_LAYERS

@@ -9,9 +9,9 @@ import tiny
 import tiny_moa
 import torch
 import torch.nn.functional as F
-from reference_moa import ReferenceMoa
 from transformers import AutoModelForCausalLM
 
+from vllm_gumiho.drafters.moa.reference import ReferenceMoa
 from vllm_gumiho.errors import RecipeError
 from vllm_gumiho.training.block_objective import BlockObjective, hits, losses
 from vllm_gumiho.training.blocks import Chains, Text, anchor_rows, own_chains

@@ -11,7 +11,6 @@ import tiny
 import tiny_moa
 import torch
 from engines import UNEQUAL_PROMPTS, case, generate, greedy, run, step, tokens
-from reference_moa import ReferenceMoa
 from runs import recipe
 from safetensors.torch import load_file
 from tiny_moa import Wanted
@@ -19,6 +18,7 @@ from tiny_moa import Wanted
 from vllm_gumiho.checkpoint.tensors import D2T
 from vllm_gumiho.drafters.checkpoints import open_checkpoint
 from vllm_gumiho.drafters.moa import MOA
+from vllm_gumiho.drafters.moa.reference import ReferenceMoa
 from vllm_gumiho.training.provenance import read_recipe
 from vllm_gumiho.training.trainer import train
 

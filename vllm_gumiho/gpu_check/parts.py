@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_gumiho.benchmark.shapes import GUMIHO_RATES, SHAPES, write_models
+from vllm_gumiho.benchmark import shapes
+from vllm_gumiho.benchmark.shapes import GUMIHO_RATES, SHAPES
+from vllm_gumiho.drafters.gumiho import GUMIHO, LAYERED_GUMIHO
 from vllm_gumiho.drafters.kernel_timing import pays
+from vllm_gumiho.drafters.moa import MOA
 from vllm_gumiho.engines.process import Worker
 from vllm_gumiho.engines.worker import kv_cache_of
 from vllm_gumiho.env import KERNELS, ONE_PROCESS, V2_RUNNER
-from vllm_gumiho.gpu_check.models import Reference, write_pair
+from vllm_gumiho.gpu_check.models import Reference, write_models
 
 TASKS = "vllm_gumiho.gpu_check.tasks"
 HEADS, K = [1, 2, 3, 4, 5], 7
@@ -80,7 +83,7 @@ class Check:
     def __init__(self, machine: Machine, folder: Path, deadline: float):
         self.machine, self.folder, self.deadline = machine, folder, deadline
         self._own_texts: list[list[int]] = []
-        self._pair: dict[str, str] = {}
+        self._models: dict[str, str] = {}
 
     def worker(self, name: str, job: dict[str, Any], **environment: str) -> Worker:
         """A process for a part; its log stays in the folder."""
@@ -127,11 +130,11 @@ class Check:
             return Outcome(part, why=f"{len(found)} shapes; times on a CPU say nothing", facts={"cells": found})
         return Outcome(part, problems, f"{len(found)} shapes", facts={"cells": found})
 
-    def engine(self, part: str, runner: str, graphs: bool) -> Outcome:
-        """Texts are the target's own, and drafts are those of the reference."""
+    def engine(self, part: str, runner: str, graphs: bool, drafter: str = GUMIHO.name) -> Outcome:
+        """Texts are the target's own, and drafts are those of the drafter's reference."""
         own = self._texts_without_drafts()
-        found = self._generate(part, runner, graphs)
-        reference, states = Reference(self._pair), {"equal": 0, "tie": 0, "wrong": 0}
+        found = self._generate(part, runner, graphs, drafter)
+        reference, states = Reference(self._models, drafter), {"equal": 0, "tie": 0, "wrong": 0}
         problems = [] if found["texts"] == own else ["a text is not the target's own"]
         for text, drafted in found["drafts"]:
             states[reference.compare(text, drafted)] += 1
@@ -162,7 +165,7 @@ class Check:
         shape = SHAPES[name] if cpu else dataclasses.replace(SHAPES[name], num_hidden_layers=4)
         rates: dict[str, list[float]] = {}
         with tempfile.TemporaryDirectory(prefix="vllm-gumiho-") as folder:
-            models = write_models(shape, Path(folder))
+            models = shapes.write_models(shape, Path(folder))
             speculative = {
                 "method": "gumiho",
                 "model": str(models["gumiho"]),
@@ -209,13 +212,17 @@ class Check:
         return self.worker(name, {"llm": settings, "record": record, "interpreter": interpreter}, **environment)
 
     def _generate(
-        self, name: str, runner: str, graphs: bool, record: bool = True, speculative: bool = True, **more: Any
+        self, name: str, runner: str, graphs: bool, drafter: str | None = GUMIHO.name, record: bool = True, **more: Any
     ) -> dict[str, Any]:
-        """Greedy texts of the tiny pair in float32.  On a CPU there are no graphs, and no kernels for runner V1."""
-        self._pair = self._pair or write_pair(self.folder / "tiny")
-        drafts = {"method": "gumiho", "model": self._pair["checkpoint"], "num_speculative_tokens": K}
+        """Greedy texts of the tiny target in float32.  On a CPU there are no graphs, and no kernels for runner V1.
+
+        drafter: None for no speculation.
+        """
+        self._models = self._models or write_models(self.folder / "tiny")
+        speculative = drafter is not None
+        drafts = drafter and {"method": drafter, "model": self._models[drafter], "num_speculative_tokens": K}
         llm = {
-            "model": self._pair["target"],
+            "model": self._models["target"],
             "dtype": "float32",
             "max_model_len": 256,
             "max_num_seqs": 8,
@@ -232,7 +239,7 @@ class Check:
 
     def _texts_without_drafts(self) -> list[list[int]]:
         if not self._own_texts:
-            found = self._generate("no speculation", "v1", False, speculative=False)
+            found = self._generate("no speculation", "v1", False, None)
             self._own_texts = found["texts"]
         return self._own_texts
 
@@ -249,4 +256,9 @@ PARTS: dict[str, tuple[Run, float]] = {
     "V1 eager": (lambda check, part: check.engine(part, "v1", False), 40),
     "tensor parallel 2": (Check.tensor_parallel, 90),
     "speed of engines": (Check.engine_speed, 90),
+    # Last, as all before them take nine minutes.
+    "V2 graphs, several layers": (lambda check, part: check.engine(part, "v2", True, LAYERED_GUMIHO.name), 60),
+    "V2 graphs, MoA": (lambda check, part: check.engine(part, "v2", True, MOA.name), 60),
+    "V1 graphs, several layers": (lambda check, part: check.engine(part, "v1", True, LAYERED_GUMIHO.name), 60),
+    "V1 graphs, MoA": (lambda check, part: check.engine(part, "v1", True, MOA.name), 60),
 }

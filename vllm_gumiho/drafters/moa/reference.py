@@ -1,4 +1,4 @@
-"""Mixture of Attentions drafting written straight from its equations, for tests: whole sequences, no cache, float32.
+"""Mixture of Attentions drafting written straight from its equations, the ground truth: whole sequences, float32.
 
 Source: Mixture of Attentions for Speculative Decoding (arXiv 2410.03804) and the released code's shapes.  Per token, a
 layer self-attention (LSA) over what the target's layers hold of it, its mean over layers through a linear map: the
