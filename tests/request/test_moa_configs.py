@@ -22,7 +22,7 @@ LLAMA = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }  # fmt: skip
 PUBLISHED = MoaSizes(4096, 6144, 4096, 512, 2048, 3072, 2048, 512, (), None)
-NEOX = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "num_hidden_layers": 4}
+GEMMA = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "num_hidden_layers": 4}
 MIXTRAL = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4, "head_dim": 32}
 
 
@@ -66,7 +66,7 @@ def configs(tmp_path_factory):
         "8B": {"model": big, "speculative_config": published, "load_format": "dummy"},
         "another width": {"speculative_config": wide},
         "missing layers": {"model": write_config(folder / "short", num_hidden_layers=3), "speculative_config": states},
-        "no states": {"model": write_config(folder / "neox", **NEOX), "speculative_config": states},
+        "no states": {"model": write_config(folder / "gemma", **GEMMA), "speculative_config": states},
         "other keys": {"model": write_config(folder / "heads", num_key_value_heads=4), "speculative_config": keys},
         "unknown keys": {"model": write_config(folder / "moe", **MIXTRAL), "speculative_config": keys},
         "8B for a tiny one": {"speculative_config": published, "load_format": "dummy"},
@@ -86,7 +86,7 @@ def test_the_target_is_asked_for_the_layers_that_are_read(configs, name, layers)
     [
         ("another width", "hidden size 128 does not fit target"),
         ("missing layers", "reads states of layer 4, and target"),
-        ("no states", "which vLLM's class GPTNeoXForCausalLM of target"),
+        ("no states", "which vLLM's class Gemma2ForCausalLM of target"),
         ("other keys", "reads keys and values of 128 numbers a token and layer, and target"),
         ("unknown keys", "which cannot be made again for vLLM's class Qwen3MoeForCausalLM of target"),
         ("8B for a tiny one", "hidden size 4096 does not fit target"),

@@ -83,6 +83,8 @@ class GumihoModel(nn.Module):
             prefix=maybe_prefix(prefix, "fc"),
             return_bias=False,
         )
+        # An embedding and a feature: where inputs are rounded, each by its own size.
+        self.fc.input_parts = 2
 
     def fuse(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
         """``o = fc(cat[E[x], h])``: ids ``[N]``, features ``[N, H]`` -> ``[N, H]``."""
