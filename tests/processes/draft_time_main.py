@@ -1,6 +1,6 @@
 """Time of a draft, engines alternating: ``--target FOLDER --prompts FOLDER --output FILE``.
 
-One engine for each of ``--checkpoint``, ``--weights`` and ``--per-request``, named by those that there are several of,
+One engine for each choice of ``--checkpoint``, ``--weights`` and ``--per-request``, named by what there is several of,
 and with ``--off`` one without speculation.  The drafter's call is timed in model runner V1, whose CPU form waits for
 what it has asked for.  Tokens a second are those of the whole engine; sent and accepted are counted over all rounds.
 """
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8], help="at most 8")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     prompts = read(args.prompts, args.target)
     here = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     found: dict[str, Any] = {}

@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=80)
     parser.add_argument("--max-tokens", type=int, default=64)
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     from transformers import AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(args.target), plain_target(args.target)
