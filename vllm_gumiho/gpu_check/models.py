@@ -107,14 +107,25 @@ class Reference:
         folder = Path(models[name])
         released = folder / _RELEASED
         weights = torch.load(released, weights_only=True) if released.exists() else load_file(folder / _OURS)
-        sizes = {"num_heads": HEADS, "num_kv_heads": KEY_HEADS, "head_dim": HEAD_DIM, "rope_theta": THETA, "eps": EPS}
-        shared = {"weights": weights, "embed": model.model.embed_tokens.weight.detach(), "lm_head": self.lm_head}
+        sizes: dict[str, Any] = {
+            "num_heads": HEADS,
+            "num_kv_heads": KEY_HEADS,
+            "head_dim": HEAD_DIM,
+            "rope_theta": THETA,
+            "eps": EPS,
+        }
+        sizes |= {"weights": weights, "embed": model.model.embed_tokens.weight.detach(), "lm_head": self.lm_head}
         self.drafter: ReferenceDrafter | ReferenceMoa
         if name == MOA.name:
-            layer = {"layer_heads": HEADS, "layer_kv_heads": KEY_HEADS, "layer_head_dim": HEAD_DIM, "layers": LAYERS}
-            self.drafter = ReferenceMoa(**shared, **sizes, **layer)
+            layer: dict[str, Any] = {
+                "layer_heads": HEADS,
+                "layer_kv_heads": KEY_HEADS,
+                "layer_head_dim": HEAD_DIM,
+                "layers": LAYERS,
+            }
+            self.drafter = ReferenceMoa(**sizes, **layer)
         else:
-            self.drafter = ReferenceDrafter(**shared, **sizes)
+            self.drafter = ReferenceDrafter(**sizes)
 
     @torch.inference_mode()
     def draft(self, text: list[int], length: int) -> tuple[list[int], Any]:
