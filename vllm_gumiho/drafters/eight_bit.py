@@ -156,8 +156,8 @@ class PackedScheme(RowsScheme):
 class PartsScheme:
     """vLLM's int8 kernel for the CPU, once for each of the equal parts that a layer's input is made of.
 
-    The kernel rounds a row of activations in steps of its largest one.  An embedding beside a feature some thirty times
-    its size would be left with next to nothing.
+    The kernel rounds a row of activations in steps of its largest one.  A feature's largest is some forty times an
+    embedding's (SmolLM2-135M): in one row, a step would be more than the embedding's root mean square.
     """
 
     def __init__(self, parts: int):
