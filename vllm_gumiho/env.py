@@ -37,7 +37,8 @@ SPLIT_HEADS = Variable(
 )
 DRAFT_WEIGHTS = Variable(
     "VLLM_GUMIHO_DRAFT_WEIGHTS",
-    "`auto`, `bf16`, `fp8` or `int8` for every draft; the key `draft_weights` comes before it.",
+    "`auto`, `bf16`, `fp8` or `int8` for every draft, of which MoA takes the first two; the key `draft_weights` comes "
+    "before it.",
     "`auto`",
 )
 SCHEDULE = Variable(

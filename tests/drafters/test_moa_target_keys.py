@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vllm_gumiho.drafters.moa import features as moa_features
 from vllm_gumiho.drafters.moa import target_keys
 from vllm_gumiho.drafters.moa.features import LayerFeatures
 from vllm_gumiho.drafters.moa.layout import LayerShape
 from vllm_gumiho.drafters.moa.target_keys import TargetKeys
+from vllm_gumiho.drafters.target_layers import chunk_bytes, keep_layer_0
 from vllm_gumiho.errors import DraftModelError
 
 SCALED = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -76,7 +76,9 @@ def recorded(folders, kind: str, **llm) -> dict:
 def results(tmp_path_factory, folders):
     of_kind = {kind: recorded(folders, kind) for kind in TARGETS}
     plain = {f"{kind} off": case(target, None, **CHUNKS) | {"steps": STEPS} for kind, (target, _) in folders.items()}
-    found = run(tmp_path_factory.mktemp("v1"), of_kind | plain)
+    # Operators write their inputs from here on, as a GPU's do.
+    last = {"in place": recorded(folders, "llama") | {"plant": "gpu-like"}}
+    found = run(tmp_path_factory.mktemp("v1"), of_kind | plain | last)
     workers = {"workers": recorded(folders, "qwen3", tensor_parallel_size=2, max_num_batched_tokens=75)}
     found |= run(tmp_path_factory.mktemp("workers"), workers, env=CORES)
     return found
@@ -87,7 +89,7 @@ def results_of_v2(tmp_path_factory, folders):
     return run(tmp_path_factory.mktemp("v2"), {"v2": recorded(folders, "llama")}, "v2")
 
 
-CASES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "workers": "qwen3"}
+CASES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "workers": "qwen3", "in place": "llama"}
 
 
 def assert_drafts_are_those_of_the_cache(found: dict, target: Path, checkpoint: Path) -> list[list[list[float]]]:
@@ -112,6 +114,7 @@ def assert_drafts_are_those_of_the_cache(found: dict, target: Path, checkpoint: 
 def test_keys_and_values_made_again_draft_what_those_of_the_cache_draft(results, folders, name):
     features = assert_drafts_are_those_of_the_cache(results[name], *folders[CASES[name]])
     assert (features == []) == (name == "workers")
+    assert name != "in place" or results[name]["facts"]["gpu-like"]["fused norms"] > 0
     plain = step(results, f"{CASES[name]} off", "chunks")
     assert tokens(step(results, name, "chunks")) == tokens(plain)
 
@@ -165,7 +168,7 @@ def test_a_chunk_of_the_8b_shape_holds_little(monkeypatch):
             held = keys([torch.empty(rows, 4096, dtype=torch.bfloat16)] * 32, torch.empty(rows, dtype=torch.long))
             assert held.shape == (rows, 32, 2048)
             assert features(held).shape == (rows, 4096)
-    assert made.total < 8 * moa_features.CHUNK_BYTES == 512 << 20
+    assert made.total < 8 * chunk_bytes(torch.device("meta")) == 4 << 30
 
 
 def test_adapters_of_the_target_are_refused(monkeypatch):
@@ -174,3 +177,42 @@ def test_adapters_of_the_target_are_refused(monkeypatch):
     layer.self_attn.qkv_proj = SimpleNamespace(base_layer=layer.self_attn.qkv_proj)
     with pytest.raises(DraftModelError, match="which differ with each LoRA adapter; serve without enable_lora"):
         TargetKeys(SimpleNamespace(model=SimpleNamespace(layers=[layer])))
+
+
+def test_weights_that_offloading_moves_about_are_refused(monkeypatch):
+    """vLLM's offloaders give such a layer a forward of its own, which no other module of it has."""
+    monkeypatch.setattr(target_keys, "get_tensor_model_parallel_world_size", lambda: 1)
+    layer = meta_layer(64, 4, 2, 32)
+    layer.forward = lambda *args, **kwargs: None
+    with pytest.raises(DraftModelError, match="serve without offload_group_size and cpu_offload_gb"):
+        TargetKeys(SimpleNamespace(model=SimpleNamespace(layers=[layer])))
+
+
+class Summed(nn.Module):
+    """As layers of targets are called, and as a GPU's are: what it is given becomes its residual, which it writes."""
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        return hidden_states.add_(positions[:, None])
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_state_0_stays_what_it_was(named, compiled):
+    inner = nn.Module()
+    inner.aux_hidden_state_layers, inner.layers = (0,), nn.ModuleList([Summed()])
+    keep_layer_0(inner, "TARGET")
+
+    def step(positions: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        state = embedded * 1
+        given = {"hidden_states": state} if named else {}
+        return state, inner.layers[0](positions, *([] if named else [state]), **given)
+
+    positions, embedded = torch.arange(3), torch.ones(3, 4)
+    state, out = (torch.compile(step, backend="eager", fullgraph=True) if compiled else step)(positions, embedded)
+    assert torch.equal(state, embedded)
+    assert torch.equal(out, embedded + positions[:, None])
+
+
+def test_a_target_without_a_first_layer_is_refused():
+    with pytest.raises(DraftModelError, match="target TARGET: the draft reads states of layer 0, and the first layer"):
+        keep_layer_0(nn.Linear(2, 2), "TARGET")

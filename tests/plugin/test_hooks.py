@@ -262,6 +262,9 @@ HELD = {
     ("vllm.model_executor.models.qwen2", "Qwen2Attention"),
     ("vllm.model_executor.models.qwen3", "Qwen3Attention"),
     ("vllm.v1.worker.gpu.input_batch", "InputBatch"),
+    # Of a target whose state 0 is read.
+    ("vllm.model_executor.models.interfaces", "EagleModelMixin"),
+    ("vllm.model_executor.models.llama", "LlamaDecoderLayer"),
 }
 # An alias of a module of Triton's.
 TRITONS = {("vllm.triton_utils", "tldevice")}

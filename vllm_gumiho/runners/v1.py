@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config.vllm import VllmConfig
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
@@ -97,10 +98,11 @@ class DraftProposer(EagleProposer):
             (rows,) = (ends < batch.num_tokens_no_spec[: len(ends)]).nonzero()
             self._unfinished_prompts = rows
             if len(rows):
-                following = torch.from_numpy(batch.token_ids_cpu[rows, ends[rows]]).to(next_token_ids)
+                device = next_token_ids.device
+                following = async_tensor_h2d(batch.token_ids_cpu[rows, ends[rows]], device, next_token_ids.dtype)
                 # vLLM keeps its own for the next step's input.
                 next_token_ids = next_token_ids.clone()
-                next_token_ids[torch.from_numpy(rows).to(next_token_ids.device)] = following
+                next_token_ids[async_tensor_h2d(rows, device)] = following
         return super().set_inputs_first_pass(*args, next_token_ids=next_token_ids, cad=cad, **kwargs)
 
     def _greedy_sample(self, hidden_states: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from vllm_gumiho.drafters.gumiho.layout import COMBINE
 from vllm_gumiho.drafters.gumiho.model import GumihoForCausalLM, layer_quant_config
-from vllm_gumiho.drafters.target_layers import CHUNK_BYTES, LAYERS_KEY
+from vllm_gumiho.drafters.target_layers import LAYERS_KEY, chunk_bytes
 
 
 class FirstStep(nn.Module):
@@ -42,7 +42,7 @@ class FirstStep(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """States ``[N, m * H]``, layer by layer -> features ``[N, H]``."""
-        size = max(1, CHUNK_BYTES // (states.shape[1] * states.element_size()))
+        size = max(1, chunk_bytes(states.device) // (states.shape[1] * states.element_size()))
         if states.shape[0] <= size:
             return self._combined(states)
         features = states.new_empty(states.shape[0], self.hidden_size)

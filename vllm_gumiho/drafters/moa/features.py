@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vllm_gumiho.drafters.moa.layers import AttentionLayer
 from vllm_gumiho.drafters.moa.layout import LayerShape
-from vllm_gumiho.drafters.target_layers import CHUNK_BYTES
+from vllm_gumiho.drafters.target_layers import chunk_bytes
 from vllm_gumiho.drafters.trainable_layers import DrafterConfig, RMSNorm
 
 
@@ -36,6 +36,9 @@ class LayerFeatures(nn.Module):
         )
         self.target_layers = tuple(shape.target_layers)
         self.num_layers = len(self.target_layers) or num_layers or 0
+        # A buffer, as a tensor made of a list in each pass would have a GPU wait for the host.
+        places = torch.tensor([self.target_layers or list(range(self.num_layers))])
+        self.register_buffer("places", places, persistent=False)
         self.state_norms = nn.ModuleDict({str(i): RMSNorm(shape.width, rms_norm_eps) for i in self.target_layers})
         self.layer_self_attention = AttentionLayer(config)
         self.Ekv2E = nn.Linear(shape.width, hidden_size)
@@ -45,18 +48,16 @@ class LayerFeatures(nn.Module):
 
     def forward(self, held: Tensor) -> Tensor:
         """``[N, m, W]`` -> ``[N, H]``, token by token; layers are places on the rotary embedding by their number."""
-        layers = self.target_layers or range(held.shape[1])
         if self.target_layers:
-            norms = (self.state_norms[str(layer)] for layer in layers)
+            norms = (self.state_norms[str(layer)] for layer in self.target_layers)
             held = torch.stack([norm(held[:, i]) for i, norm in enumerate(norms)], dim=1)
-        places = torch.tensor([list(layers)], device=held.device)
-        mixed = self.layer_self_attention(held, places, held, places)
+        mixed = self.layer_self_attention(held, self.places, held, self.places)
         return self.Ekv2E(mixed.mean(1))
 
     def chunk(self, elements: int, element_size: int, ranks: int) -> int:
-        """Tokens of which no more than CHUNK_BYTES are alive at a time.
+        """Tokens of which no more than `chunk_bytes` are alive at a time.
 
         elements: of a token, beside those of the layer attention.  ranks: among which a chunk's tokens are shared out.
         """
         of_token = self.num_layers * self.elements_of_state / ranks + elements
-        return max(1, int(CHUNK_BYTES / (of_token * element_size)))
+        return max(1, int(chunk_bytes(self.places.device) / (of_token * element_size)))

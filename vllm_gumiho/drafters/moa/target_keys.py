@@ -26,12 +26,22 @@ class TargetKeys:
     """
 
     def __init__(self, target: nn.Module):
-        """Raises: DraftModelError for a target that serves LoRA adapters, whose part in keys is their request's."""
+        """Raises: DraftModelError for a target that serves LoRA adapters, whose part in keys is their request's.
+
+        And for one whose weights are on the device in its own pass alone.
+        """
         self.layers: list[Any] = list(target.model.layers)
         if any(hasattr(layer.self_attn.qkv_proj, "base_layer") for layer in self.layers):
             raise DraftModelError(
                 "MoA makes the target's keys and values again, which differ with each LoRA adapter; serve without "
                 "enable_lora, or use a checkpoint that reads states (it has state_norms)"
+            )
+        # vLLM's weight offloading puts a forward of its own into a layer whose weights it moves about.
+        if any("forward" in vars(layer) for layer in self.layers):
+            raise DraftModelError(
+                "MoA makes the target's keys and values again, by weights that vLLM's offloading has on the device in "
+                "the target's own pass alone; serve without offload_group_size and cpu_offload_gb, or use a "
+                "checkpoint that reads states (it has state_norms)"
             )
         attention = self.layers[0].self_attn
         ranks = get_tensor_model_parallel_world_size()
