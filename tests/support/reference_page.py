@@ -58,8 +58,8 @@ KEYS = (
     Key(
         "max_model_len",
         READ,
-        "Longest text that is drafted for. Leave it out: below the target's, runner V1 drafts for nobody in a step with "
-        "a longer request.",
+        "Longest text that is drafted for. Leave it out: below the target's, runner V1 drafts for nobody in a step "
+        "with a longer request.",
     ),
     Key("revision", READ, "Branch, tag or commit of a checkpoint that is fetched from the hub."),
     Key(
