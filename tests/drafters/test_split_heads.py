@@ -59,7 +59,9 @@ def test_a_wrong_switch_is_named(monkeypatch):
         split_heads(5, SPLIT_BYTES, 1, on_cpu=True)
 
 
-@pytest.mark.parametrize(("ranks", "shares"), [(2, {5: 3, 1: 1}), (3, {5: 2, 1: 1})])
+@pytest.mark.parametrize(
+    ("ranks", "shares"), [(2, {5: 3, 1: 1}), pytest.param(3, {5: 2, 1: 1}, marks=pytest.mark.long)]
+)
 def test_shared_heads_equal_whole_ones(ranks, shares):
     """Real processes and vLLM's own collective; every K; also with fewer heads than ranks."""
     sizes = ["--hidden", "24", "--heads", "5,1", "--counts", "5,4,3,2,1", "--batches", "1,7"]

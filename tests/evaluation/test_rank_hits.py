@@ -70,7 +70,7 @@ def test_the_picture_has_a_panel_a_run(tmp_path):
     assert min(coloured) > 1000
 
 
-@pytest.fixture(scope="module", params=["v1", "v2"])
+@pytest.fixture(scope="module", params=["v1", pytest.param("v2", marks=pytest.mark.long)])
 def watched(tmp_path_factory, request):
     """What an engine's drafts chose from, with the models' folders."""
     folder = tmp_path_factory.mktemp("ranks")

@@ -59,9 +59,9 @@ def test_kernels_in_the_interpreter(tmp_path, name):
 @pytest.mark.parametrize(
     "name",
     [
-        *("V1 graphs", "V1 graphs, MoA"),
+        "V1 graphs",
         *(long(name) for name in ("V1 eager", "V2 eager", "V2 graphs")),
-        *(long(name) for name in ("V2 graphs, MoA", "V1 graphs, several layers", "V2 graphs, several layers")),
+        *(long(f"{runner} graphs, {other}") for runner in ("V1", "V2") for other in ("MoA", "several layers")),
     ],
 )
 def test_engines_on_the_cpu(tmp_path, name):

@@ -35,6 +35,7 @@ def test_vllm_serve_offers_speculative_model_beside_its_own_options():
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_vllm_bench_latency_runs_with_gumiho(tiny_checkpoint, tmp_path):
     # The benchmark draws prompt tokens below 10,000.
     tiny_target = tiny.write_target(tmp_path / "target", vocab_size=10_000)

@@ -30,7 +30,7 @@ SETTINGS: dict[str, tuple[DraftWeights, frozenset[str], int]] = {
     "int8, wide inputs (GPU)": (DraftWeights("int8", "int8"), frozenset(), 0),
     "int8, rounded inputs (CPU)": (DraftWeights("int8", "int8"), CPU_PARTS | {"lm_head"}, 0),
     "int8, rounded inputs, re-scored": (DraftWeights("int8", "int8"), CPU_PARTS | {"lm_head"}, 8),
-    "auto of an int8 checkpoint (CPU)": (DraftWeights("int8"), CPU_PARTS, 0),
+    "int8, LM head as the target has it (CPU)": (DraftWeights("int8"), CPU_PARTS, 0),
 }
 
 

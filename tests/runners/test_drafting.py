@@ -59,7 +59,7 @@ def test_a_schedule_drafts_fewer_tokens_in_larger_batches(results):
 KERNEL_ENGINES = {"v1": {"TRITON_INTERPRET": "1", "VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}, "v2": {}}
 
 
-@pytest.mark.parametrize("runner", KERNEL_ENGINES)
+@pytest.mark.parametrize("runner", [pytest.param("v1", marks=pytest.mark.long), "v2"])
 def test_the_triton_kernels_in_the_engine_keep_the_text(tmp_path, tiny_target, tiny_checkpoint, runner):
     """Under the interpreter: heads in one launch per stage, the argmax without logits, both checked at the start."""
     calls = [{"prompts": UNEQUAL_PROMPTS[:2], "sampling": GREEDY | {"max_tokens": 8}}]

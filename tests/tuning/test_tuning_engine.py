@@ -24,7 +24,7 @@ from vllm_gumiho.tuning.verify import verified
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.long)])
 def test_text_stays_as_requests_join_and_leave_across_the_borders(runner, tmp_path, tiny_target, tiny_checkpoint):
     out = tmp_path / "out.json"
     done = subprocess.run(

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from vllm_gumiho.demo.picture import Picture, Run, answers, in_words, speeds
 from vllm_gumiho.drafters import PER_REQUEST
-from vllm_gumiho.drafters.checkpoints import open_checkpoint
+from vllm_gumiho.drafters.checkpoints import Checkpoint, open_checkpoint
 from vllm_gumiho.engines.counters import Counts, ratio
 from vllm_gumiho.engines.facts import default_dtype, on_cpu
 from vllm_gumiho.engines.process import Worker
@@ -19,7 +19,7 @@ from vllm_gumiho.engines.prompts import QUESTIONS
 from vllm_gumiho.engines.target import find_target
 from vllm_gumiho.files import check_writable, write_json
 from vllm_gumiho.request.catalogue import checkpoint_for, local_path
-from vllm_gumiho.request.lengths import AUTO, draft_length
+from vllm_gumiho.request.lengths import AUTO, SCHEDULE, TOKENS, draft_length
 from vllm_gumiho.request.per_request import CONFIDENT
 
 TASKS = "vllm_gumiho.demo.tasks"
@@ -27,12 +27,14 @@ OFF, ON = "speculation off", "Gumiho"
 # An engine that had its turn looks for work for a second more before it leaves the cores.
 REST_S = 1.2
 SLICE_S = 0.2
+# K by requests at once for the bundled head on a CPU: the schedule that `tune` measured (docs/results/auto.md).
+CPU_SCHEDULE = [[1, 1, 4], [2, 3, 2], [4, 7, 1], [8, 8, 0]]
 
 
 def run_demo(
     target: str,
     checkpoint: str,
-    num_speculative_tokens: int | str,
+    num_speculative_tokens: int | str | None,
     max_tokens: int,
     concurrencies: tuple[int, ...],
     output: Path,
@@ -40,15 +42,15 @@ def run_demo(
 ) -> bool:
     """Run the demonstration and write its JSON report; returns whether all texts are equal.
 
-    On the CPU the target runs in float32, where one-token and many-token products differ by rounding alone, and drafts
-    end by request.  The engines' log goes to a file beside the report.
+    On the CPU the target runs in float32, where one-token and many-token products differ by rounding alone.  A K that
+    is given is the longest draft there, and drafts end by request.  None is `CPU_SCHEDULE` on the CPU, and all that the
+    checkpoint has elsewhere.  The engines' log goes to a file beside the report.
     """
     check_writable(output)
     with console.status("looking for the target"):
         target = find_target(target)
     opened = open_checkpoint(local_path(checkpoint_for(checkpoint, target)))
-    if num_speculative_tokens != AUTO:
-        draft_length(num_speculative_tokens, opened)
+    speculative = {"method": opened.drafter.name, "model": checkpoint} | _lengths(num_speculative_tokens, opened)
     settings: dict[str, Any] = {
         "model": target,
         "max_model_len": 1024,
@@ -58,9 +60,6 @@ def run_demo(
         "enforce_eager": on_cpu(),
         "enable_prefix_caching": False,
     }
-    speculative = {"method": opened.drafter.name, "model": checkpoint, "num_speculative_tokens": num_speculative_tokens}
-    if on_cpu() and num_speculative_tokens != AUTO:
-        speculative[PER_REQUEST] = CONFIDENT
     log = output.with_suffix(".log")
     log.unlink(missing_ok=True)
     console.print(f"log of the engines: {log}", highlight=False, soft_wrap=True)
@@ -87,6 +86,18 @@ def run_demo(
     console.print(in_words(report), style="bold", highlight=False)
     console.print(f"report: {output}", highlight=False, soft_wrap=True)
     return not different
+
+
+def _lengths(asked: int | str | None, opened: Checkpoint) -> dict[str, Any]:
+    """Keys of the speculative config for a K as `run_demo` is given it."""
+    if asked == AUTO:
+        return {TOKENS: AUTO}
+    most = draft_length(asked, opened)
+    if not on_cpu():
+        return {TOKENS: most}
+    if asked is not None:
+        return {TOKENS: most, PER_REQUEST: CONFIDENT}
+    return {TOKENS: most, SCHEDULE: [[first, last, min(k, most)] for first, last, k in CPU_SCHEDULE]}
 
 
 def _round(engines: dict[str, Worker], at_once: int, max_tokens: int, console: Console) -> dict[str, Run]:

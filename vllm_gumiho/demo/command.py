@@ -11,11 +11,13 @@ from rich.console import Console
 from vllm_gumiho.options import CONCURRENCY, TARGET, TOKENS, CheckpointOption
 from vllm_gumiho.request.lengths import AUTO, length_option
 
+LENGTH = f"{TOKENS[:-1]}, or {AUTO}. By default 4, 2 or 1 by requests at once on a CPU, all that there are elsewhere."
+
 
 def demo(
     target: Annotated[str, typer.Option(help=TARGET)] = "smollm2",
     checkpoint: CheckpointOption = "gumiho",
-    num_speculative_tokens: Annotated[str, typer.Option(help=f"{TOKENS[:-1]}, or {AUTO}.", parser=length_option)] = "7",
+    num_speculative_tokens: Annotated[str | None, typer.Option(help=LENGTH, parser=length_option)] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 96,
     concurrency: Annotated[int, typer.Option(help=f"{CONCURRENCY[:-1]} in the second round; the first has one.")] = 4,
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON report to write.")] = Path("out/demo.json"),
