@@ -14,6 +14,7 @@ from vllm_gumiho.demo import chat
 from vllm_gumiho.demo.picture import answers, in_words, speeds
 from vllm_gumiho.drafters import PER_REQUEST
 from vllm_gumiho.drafters.checkpoints import open_checkpoint
+from vllm_gumiho.drafters.conversion import convert_checkpoint
 from vllm_gumiho.engines.prompts import QUESTIONS
 from vllm_gumiho.errors import CheckpointError
 from vllm_gumiho.request.catalogue import checkpoint_for, local_path
@@ -101,15 +102,17 @@ def test_why_it_is_not_faster(speedups, words):
     assert said.endswith("with 4 at a time.") is not bool(words)
 
 
-def test_how_long_drafts_are(monkeypatch):
+def test_how_long_drafts_are(monkeypatch, tmp_path):
     opened = open_checkpoint(local_path(checkpoint_for("gumiho", "models/SmolLM2-135M-Instruct")))
     monkeypatch.setattr(chat, "on_cpu", lambda: True)
-    assert chat._lengths(None, opened) == {TOKENS: 7, SCHEDULE: chat.CPU_SCHEDULE}
-    assert schedule_problem(chat.CPU_SCHEDULE, 7) is None
+    assert chat._lengths(None, opened) == {TOKENS: 4, SCHEDULE: chat.CPU_SCHEDULE}
+    assert schedule_problem(chat.CPU_SCHEDULE, 4) is None
     assert chat._lengths(3, opened) == {TOKENS: 3, PER_REQUEST: "confident"}
     assert chat._lengths("auto", opened) == {TOKENS: "auto"}
     with pytest.raises(CheckpointError, match=r"num_speculative_tokens=8 with .*: it drafts"):
         chat._lengths(8, opened)
+    convert_checkpoint(opened.path, tmp_path / "own")
+    assert chat._lengths(None, open_checkpoint(tmp_path / "own")) == {TOKENS: 7, PER_REQUEST: "confident"}
     monkeypatch.setattr(chat, "on_cpu", lambda: False)
     assert chat._lengths(None, opened) == {TOKENS: 7}
     assert chat._lengths(3, opened) == {TOKENS: 3}

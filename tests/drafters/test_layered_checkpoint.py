@@ -37,9 +37,9 @@ def test_a_target_that_gives_no_states_is_refused(tmp_path, monkeypatch, drafter
     assert "which vLLM's class OtherForCausalLM of target org/target does not give; use a drafter" in said
 
 
-@pytest.mark.parametrize("kind", ["MiMoForCausalLM", "TransformersForCausalLM"])
+@pytest.mark.parametrize("kind", ["MiMoForCausalLM", "TransformersForCausalLM", "DeepseekV3ForCausalLM"])
 def test_classes_that_say_they_give_states_and_do_not_are_refused(tmp_path, monkeypatch, kind):
-    """The second gives all but the embeddings, layer 0."""
+    """The last two give all but the embeddings, layer 0."""
     folder = written("gumiho-layers", tmp_path / "ours")
     target = states_of(fake_target(), monkeypatch=monkeypatch, kind=kind)
     said = refusal({"model": folder}, target)

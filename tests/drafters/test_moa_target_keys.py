@@ -23,7 +23,7 @@ from vllm_gumiho.drafters.moa import target_keys
 from vllm_gumiho.drafters.moa.features import LayerFeatures
 from vllm_gumiho.drafters.moa.layout import LayerShape
 from vllm_gumiho.drafters.moa.target_keys import TargetKeys
-from vllm_gumiho.drafters.target_layers import chunk_bytes, keep_layer_0
+from vllm_gumiho.drafters.target_layers import chunk_bytes
 from vllm_gumiho.errors import DraftModelError
 
 SCALED = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -186,33 +186,3 @@ def test_weights_that_offloading_moves_about_are_refused(monkeypatch):
     layer.forward = lambda *args, **kwargs: None
     with pytest.raises(DraftModelError, match="serve without offload_group_size and cpu_offload_gb"):
         TargetKeys(SimpleNamespace(model=SimpleNamespace(layers=[layer])))
-
-
-class Summed(nn.Module):
-    """As layers of targets are called, and as a GPU's are: what it is given becomes its residual, which it writes."""
-
-    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        return hidden_states.add_(positions[:, None])
-
-
-@pytest.mark.parametrize("named", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_state_0_stays_what_it_was(named, compiled):
-    inner = nn.Module()
-    inner.aux_hidden_state_layers, inner.layers = (0,), nn.ModuleList([Summed()])
-    keep_layer_0(inner, "TARGET")
-
-    def step(positions: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
-        state = embedded * 1
-        given = {"hidden_states": state} if named else {}
-        return state, inner.layers[0](positions, *([] if named else [state]), **given)
-
-    positions, embedded = torch.arange(3), torch.ones(3, 4)
-    state, out = (torch.compile(step, backend="eager", fullgraph=True) if compiled else step)(positions, embedded)
-    assert torch.equal(state, embedded)
-    assert torch.equal(out, embedded + positions[:, None])
-
-
-def test_a_target_without_a_first_layer_is_refused():
-    with pytest.raises(DraftModelError, match="target TARGET: the draft reads states of layer 0, and the first layer"):
-        keep_layer_0(nn.Linear(2, 2), "TARGET")

@@ -29,9 +29,7 @@ def states_of(target, gives: bool = True, layers: int = TARGET_LAYERS, monkeypat
     """A stand-in for a target whose class, of vLLM's name ``kind``, gives states of its layers, or does not."""
     target.get_total_num_hidden_layers = lambda: layers
     name = kind or ("LlamaForCausalLM" if gives else "OtherForCausalLM")
-    monkeypatch.setattr(
-        "vllm.model_executor.model_loader.utils.get_model_cls", lambda _: SimpleNamespace(__name__=name)
-    )
+    monkeypatch.setattr("vllm.model_executor.model_loader.utils.get_model_cls", lambda _: type(name, (), {}))
     monkeypatch.setattr("vllm.model_executor.models.interfaces.supports_eagle3", lambda _: gives)
     return target
 

@@ -18,7 +18,7 @@ from vllm_gumiho.engines.process import Worker
 from vllm_gumiho.engines.prompts import QUESTIONS
 from vllm_gumiho.engines.target import find_target
 from vllm_gumiho.files import check_writable, write_json
-from vllm_gumiho.request.catalogue import checkpoint_for, local_path
+from vllm_gumiho.request.catalogue import HEADS, checkpoint_for, local_path
 from vllm_gumiho.request.lengths import AUTO, SCHEDULE, TOKENS, draft_length
 from vllm_gumiho.request.per_request import CONFIDENT
 
@@ -42,9 +42,9 @@ def run_demo(
 ) -> bool:
     """Run the demonstration and write its JSON report; returns whether all texts are equal.
 
-    On the CPU the target runs in float32, where one-token and many-token products differ by rounding alone.  A K that
-    is given is the longest draft there, and drafts end by request.  None is `CPU_SCHEDULE` on the CPU, and all that the
-    checkpoint has elsewhere.  The engines' log goes to a file beside the report.
+    On the CPU the target runs in float32, where one-token and many-token products differ by rounding alone.  There K is
+    the longest draft, and drafts end by request; None is `CPU_SCHEDULE` for a bundled head.  Else None is all that the
+    checkpoint has.  The engines' log goes to a file beside the report.
     """
     check_writable(output)
     with console.status("looking for the target"):
@@ -95,9 +95,9 @@ def _lengths(asked: int | str | None, opened: Checkpoint) -> dict[str, Any]:
     most = draft_length(asked, opened)
     if not on_cpu():
         return {TOKENS: most}
-    if asked is not None:
-        return {TOKENS: most, PER_REQUEST: CONFIDENT}
-    return {TOKENS: most, SCHEDULE: [[first, last, min(k, most)] for first, last, k in CPU_SCHEDULE]}
+    if asked is None and opened.path in HEADS.values():
+        return {TOKENS: max(k for *_, k in CPU_SCHEDULE), SCHEDULE: CPU_SCHEDULE}
+    return {TOKENS: most, PER_REQUEST: CONFIDENT}
 
 
 def _round(engines: dict[str, Worker], at_once: int, max_tokens: int, console: Console) -> dict[str, Run]:
@@ -120,7 +120,7 @@ def _round(engines: dict[str, Worker], at_once: int, max_tokens: int, console: C
 
 
 def _report(rounds: dict[int, dict[str, Run]], started: dict[str, Any], equal: bool) -> dict[str, Any]:
-    """Figures of all rounds.  Drafts end by request: there is no share of them that was accepted at a position."""
+    """Figures of all rounds.  Drafts differ in length: there is no share of them that was accepted at a position."""
     found = {}
     for at_once, runs in rounds.items():
         off, on = runs[OFF], runs[ON]

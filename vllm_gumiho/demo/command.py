@@ -11,7 +11,7 @@ from rich.console import Console
 from vllm_gumiho.options import CONCURRENCY, TARGET, TOKENS, CheckpointOption
 from vllm_gumiho.request.lengths import AUTO, length_option
 
-LENGTH = f"{TOKENS[:-1]}, or {AUTO}. By default 4, 2 or 1 by requests at once on a CPU, all that there are elsewhere."
+LENGTH = f"{TOKENS[:-1]}, or {AUTO}. By default all; of a bundled head on a CPU 4 to 0 by requests at once."
 
 
 def demo(

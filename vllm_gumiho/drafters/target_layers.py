@@ -6,20 +6,20 @@ of L layers, state L is what comes out of the last one, before the final norm.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vllm_gumiho.errors import CheckpointError, DraftModelError
+from vllm_gumiho.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from vllm.config import ModelConfig
 
 # Classes of vLLM 0.32 that say they give states, and whose inner model does not.
 _GIVE_NONE = ("MiMoForCausalLM",)
+# How classes are named whose state 0 cannot be had; DeepSeek's add a residual to it, which there is none of yet.
+_GIVE_NO_EMBEDDINGS = ("Transformers", "Deepseek")
 # config.json: whose states vLLM is to give, in this order.
 LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
 # What is made of states and alive at a time, by kind of device: a long prefill goes through in chunks.  On a GPU a
@@ -61,45 +61,9 @@ def check_layers(where: Path, layers: Collection[int], target: ModelConfig) -> s
             f"{where}: reads states of inner layers, which vLLM's class {name} of target {target.model} does not give; "
             "use a drafter that reads the last state alone, such as a Gumiho checkpoint without state_norms"
         )
-    if 0 in layers and name.startswith("Transformers"):
+    if 0 in layers and any(base.__name__.startswith(_GIVE_NO_EMBEDDINGS) for base in kind.__mro__):
         raise CheckpointError(
             f"{where}: reads states of layer 0, the embeddings, which vLLM's class {name} of target {target.model} "
             "does not give; use a checkpoint that reads later layers"
         )
     return name
-
-
-def keep_layer_0(target: nn.Module, name: str) -> None:
-    """Let the target's first layer work on a copy of the embeddings, so that state 0 stays what it was.
-
-    vLLM hands out the tensor itself, which the first layer takes for its residual; a GPU's fused norms and all-reduces
-    write sums of later layers into that.  target: a loaded one.  name: of the target.  Raises: DraftModelError where
-    its first layer cannot be told.
-    """
-    layer = first_layer(target)
-    # Of the class: weight offloading gives a layer another one.
-    at = [] if layer is None else list(inspect.signature(type(layer).forward).parameters)[1:]
-    if layer is None or "hidden_states" not in at:
-        raise DraftModelError(
-            f"target {name}: the draft reads states of layer 0, and the first layer of vLLM's class "
-            f"{type(target).__name__} cannot be told; use a checkpoint that reads later layers"
-        )
-    place = at.index("hidden_states")
-
-    def with_a_copy(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if "hidden_states" in kwargs:
-            return args, kwargs | {"hidden_states": kwargs["hidden_states"].clone()}
-        return (*args[:place], args[place].clone(), *args[place + 1 :]), kwargs
-
-    layer.register_forward_pre_hook(with_a_copy, with_kwargs=True)
-
-
-def first_layer(target: nn.Module) -> nn.Module | None:
-    """Of the module that hands out states."""
-    from vllm_gumiho.drafters.target_view import language_model
-
-    for module in language_model(target).modules():
-        if hasattr(module, "aux_hidden_state_layers") and hasattr(module, "layers"):
-            layer: nn.Module = module.layers[0]
-            return layer
-    return None

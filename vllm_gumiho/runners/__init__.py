@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from vllm_gumiho.drafters import SAME, SEEDED_TEXT, drafter_of
-from vllm_gumiho.drafters.target_layers import LAYERS_KEY, keep_layer_0
+from vllm_gumiho.drafters.target_layers import LAYERS_KEY
 
 logger = logging.getLogger("vllm.vllm_gumiho")
 
@@ -25,7 +25,9 @@ def finish_loading(model: Any, target_model: Any, vllm_config: Any, runner: str)
     assert drafter is not None
     model.take_logits(target_model)
     if 0 in getattr(model.config, LAYERS_KEY, ()):
-        keep_layer_0(target_model, vllm_config.model_config.model)
+        from vllm_gumiho.drafters import layer_0
+
+        layer_0.keep_layer_0(target_model, vllm_config.model_config.model)
     logger.info(
         "%s drafts with %s: K=%d, model runner %s, %s",
         drafter.title,
