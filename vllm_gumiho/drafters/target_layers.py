@@ -22,16 +22,15 @@ _GIVE_NONE = ("MiMoForCausalLM",)
 _GIVE_NO_EMBEDDINGS = ("Transformers", "Deepseek")
 # config.json: whose states vLLM is to give, in this order.
 LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
-# What is made of states and alive at a time, by kind of device: a long prefill goes through in chunks.  On a GPU a
-# chunk costs a launch per operation and a reading of the weights, which 64 MiB (30 tokens at Llama 3 8B's shape, with
-# keys and values of all layers) would not be worth.
-CHUNK_BYTES = {"cpu": 64 << 20}
-CHUNK_BYTES_ELSEWHERE = 512 << 20
 
 
 def chunk_bytes(device: torch.device) -> int:
-    """Bytes of what is made of states that may be alive at a time."""
-    return CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE)
+    """Bytes of what is made of states that may be alive at a time: a long prefill goes through in chunks.
+
+    On a GPU a chunk costs a launch per operation and a reading of the weights, which 64 MiB (30 tokens at Llama 3 8B's
+    shape, with keys and values of all layers) would not be worth.
+    """
+    return (64 if device.type == "cpu" else 512) << 20
 
 
 def gives_states(kind: type) -> bool:
