@@ -21,6 +21,7 @@ CHECKPOINT = "Draft checkpoint: a folder, a weight file or a hub name; 'gumiho' 
 STORED = "Draft checkpoint: a folder, a weight file or a hub name."
 CONCURRENCY = "Requests at once."
 TOKENS = "K, draft tokens a step."
+PER_REQUEST = "Drafts end by request, under model runner V1: 'confident', or what a row of a step costs."
 
 TargetOption = Annotated[str, typer.Option(help=TARGET)]
 CheckpointOption = Annotated[str, typer.Option(help=CHECKPOINT)]

@@ -91,6 +91,16 @@ def test_auto_is_a_variant_of_our_drafters_alone(embedded_target, tmp_path):
     assert made.variants[-1].speculative["num_speculative_tokens"] == "auto"
 
 
+def test_drafts_by_request_are_of_our_drafters_alone(embedded_target, tmp_path):
+    asked = Settings(target=str(embedded_target), num_speculative_tokens=(3,), per_request="confident")
+    made = make_grid(asked, tmp_path / "out")
+    assert [one.label for one in made.variants] == ["off", "ngram K=3", "gumiho K=3 confident"]
+    assert made.variants[-1].speculative["num_speculative_tokens_per_request"] == "confident"
+    assert ["--no-async-scheduling" in made.engine_argv(one) for one in made.variants] == [False, False, True]
+    with pytest.raises(BenchError, match=r"--per-request confident ends drafts of gumiho and .* none is measured"):
+        make_grid(dataclasses.replace(asked, methods=("ngram",)), tmp_path)
+
+
 def test_other_weights_or_prompts_are_other_settings_and_more_repeats_are_not(embedded_target, tmp_path):
     prompts = tmp_path / "asked.jsonl"
     identities = []

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+import typer
 from rich.console import Console
 
 from vllm_gumiho.errors import GumihoError
 from vllm_gumiho.evaluation import judge as judging
 from vllm_gumiho.evaluation.settings import Settings
+from vllm_gumiho.request.per_request import PER_REQUEST, per_request_option
 
 BIN = Path(sys.executable).parent
 K = 4
@@ -78,6 +80,10 @@ def test_a_wrong_set_is_named_by_file_and_line(refused, prompts, content, messag
         ({"temperatures": (-1.0,)}, "--temperature -1.0: give 0"),
         ({"temperatures": (float("nan"),)}, "--temperature nan: give 0"),
         ({"checkpoint": "x", "method": "ngram"}, "--checkpoint x: method 'ngram' has none"),
+        (
+            {"per_request": "confident", "method": "ngram"},
+            "--per-request confident ends drafts of gumiho and .*leave it out",
+        ),
         ({"method": "eagle"}, "--method eagle needs --checkpoint FOLDER"),
         ({"checkpoint": "./absent"}, "absent: no such file or folder"),
         ({"baseline": Path("absent.json")}, "--baseline absent.json: not readable .* --method none"),
@@ -118,3 +124,32 @@ def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path):
 def test_gumiho_checkpoints_of_another_size_bound_k(refused, tmp_path):
     short = tiny.write_released(tmp_path / "short", tiny.drafter_tensors(num_heads=1))
     assert "give a whole number from 1 to 3" in refused(checkpoint=str(short), num_speculative_tokens=(4,))
+
+
+def test_drafts_by_request_reach_the_engine_that_drafts(monkeypatch, tmp_path, prompts, embedded_target):
+    jobs = []
+
+    class StartedError(Exception):
+        """In place of an engine."""
+
+    def worker(tasks, job, *args, **kwargs):
+        jobs.append(job["llm"])
+        raise StartedError
+
+    monkeypatch.setattr(judging, "Worker", worker)
+    settings = {"target": str(embedded_target), "prompts": prompts, "output": tmp_path / "r.json"}
+    for changes in ({"per_request": "confident"}, {"per_request": "0.1"}, {}):
+        with pytest.raises(StartedError):
+            judging.judge(Settings(**settings, temperatures=(1.0,), **changes), Console(quiet=True))
+    by_default, by_cost, off = jobs
+    assert by_default["speculative_config"][PER_REQUEST] == "confident"
+    assert by_cost["speculative_config"][PER_REQUEST] == 0.1
+    assert by_default["async_scheduling"] is by_cost["async_scheduling"] is False
+    assert PER_REQUEST not in off["speculative_config"]
+    assert "async_scheduling" not in off
+
+
+@pytest.mark.parametrize("text", ["nan", "0", "-1", "sure"])
+def test_another_way_to_end_drafts_is_refused(text):
+    with pytest.raises(typer.BadParameter, match=f"'{text}' ends no draft; give \"confident\""):
+        per_request_option(text)

@@ -17,6 +17,7 @@ from vllm_gumiho.errors import BenchError
 from vllm_gumiho.evaluation import plan
 from vllm_gumiho.evaluation.sets import read_set
 from vllm_gumiho.files import sha256_of
+from vllm_gumiho.request.per_request import PER_REQUEST
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Variant:
 
     @property
     def label(self) -> str:
-        return "off" if self.method == "none" else f"{self.method} K={self.length}"
+        by_request = (self.speculative or {}).get(PER_REQUEST)
+        ends = "" if by_request is None else f" {by_request}"
+        return "off" if self.method == "none" else f"{self.method} K={self.length}{ends}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,9 @@ class Grid:
     def engine_argv(self, variant: Variant) -> list[str]:
         """Arguments of ``vllm serve`` for a variant, the target first."""
         speculative = ["--speculative-config", json.dumps(variant.speculative)] if variant.speculative else []
-        return [self.target, *self.engine_args, *speculative]
+        # Under async scheduling a step's rows are set before they are drafted.
+        at_once = ["--no-async-scheduling"] if PER_REQUEST in (variant.speculative or {}) else []
+        return [self.target, *self.engine_args, *speculative, *at_once]
 
     def request_argv(self, concurrency: int) -> list[str]:
         """Arguments of ``vllm bench serve`` for a cell; at least two requests for each at once."""
@@ -129,7 +134,10 @@ def _variants(settings: Settings, target: str) -> list[Variant]:
                 f"--method {same} and --method {method} would both measure {drafter.path}; give one of them, and "
                 "compare two checkpoints by a bench of each"
             )
-        found += [Variant(method, k, plan.speculative_config(method, drafter, k)) for k in drafter.lengths]
+        found += [
+            Variant(method, k, plan.speculative_config(method, drafter, k, settings.per_request))
+            for k in drafter.lengths
+        ]
     return found
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from vllm_gumiho.drafters import DEFAULT, DRAFTERS
 from vllm_gumiho.errors import BenchError
-from vllm_gumiho.options import CONCURRENCY, TARGET, TOKENS, option
+from vllm_gumiho.options import CONCURRENCY, PER_REQUEST, TARGET, TOKENS, option
 from vllm_gumiho.request.lengths import AUTO, length_option
+from vllm_gumiho.request.per_request import per_request_option
 
 METHODS = ("none", "ngram", "eagle", *DRAFTERS)
 MODES = ("offline", "server")
@@ -41,6 +42,7 @@ class Settings:
     num_speculative_tokens: tuple[int | str, ...] = option(
         (3, 7), f"{TOKENS[:-1]}, or {AUTO}; repeat.  Default: 3 and 7.", parser=length_option
     )
+    per_request: str | None = option(None, PER_REQUEST, parser=per_request_option)
     modes: tuple[str, ...] = option(MODES, "'offline' or 'server'; repeat.  Default: both.", "--mode")
     concurrency: tuple[int, ...] = option((1, 4, 16), f"{CONCURRENCY[:-1]}; repeat.  Default: 1, 4 and 16.")
     prompts: Path | None = option(
@@ -84,6 +86,11 @@ def check(settings: Settings) -> None:
         raise BenchError(f"--temperature {settings.temperature:g}: give 0 (greedy) or a positive number")
     if "eagle" in settings.methods and settings.eagle_checkpoint is None:
         raise BenchError("--method eagle needs --eagle-checkpoint FOLDER, an EAGLE drafter of this target")
+    if settings.per_request is not None and settings.methods and not {*DRAFTERS} & {*settings.methods}:
+        raise BenchError(
+            f"--per-request {settings.per_request} ends drafts of {' and '.join(DRAFTERS)} alone, and none is "
+            "measured; leave it out"
+        )
     if settings.prompts is not None and settings.dataset_name is not None:
         raise BenchError("--prompts and --dataset-name: two sources of prompts; give one of them")
     if settings.prompts is not None and not settings.prompts.is_file():

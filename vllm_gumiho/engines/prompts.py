@@ -1,7 +1,8 @@
 """Prompts: ``*.jsonl`` files of ``{"id", "turns": [...]}``, read by one rule everywhere, and the built-in questions.
 
 An id is a text that is not empty, or a whole number, which stands for its digits.  Turns are a list of user turns, of
-which the first is not blank; later ones are in collected conversations now and then.
+which the first is not blank; later ones are in collected conversations now and then.  A line may hold ``answers`` that
+others wrote, texts to the turns in their order.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """One conversation: what the user says, turn by turn."""
+    """One conversation: what the user says, turn by turn, and what another has answered to the first of the turns."""
 
     id: str
     turns: tuple[str, ...]
+    answers: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -75,7 +77,10 @@ def _prompt(raw: Any) -> Prompt:
         raise ValueError("its turns are not a list of texts")
     if not turns[0].strip():
         raise ValueError("its first turn is blank")
-    return Prompt(name, tuple(turns))
+    answers = raw.get("answers", [])
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError("its answers are not a list of texts")
+    return Prompt(name, tuple(turns), tuple(answers))
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:

@@ -23,6 +23,7 @@ from vllm_gumiho.evaluation.sets import Fitting, fit, read_sets
 from vllm_gumiho.evaluation.settings import Settings, check_settings
 from vllm_gumiho.files import check_writable, write_json
 from vllm_gumiho.request.lengths import AUTO, TOKENS
+from vllm_gumiho.request.per_request import PER_REQUEST
 
 TASKS = "vllm_gumiho.evaluation.tasks"
 
@@ -85,7 +86,7 @@ def judge(settings: Settings, console: Console) -> dict[str, Any]:
         "enforce_eager": on_cpu() if settings.enforce_eager is None else settings.enforce_eager,
     }
     for number, (method, length, temperatures) in enumerate(engines, 1):
-        speculative = plan.speculative_config(method, drafter, length)
+        speculative = plan.speculative_config(method, drafter, length, settings.per_request)
         facts: dict[str, Any] = {"method": method, "num_speculative_tokens": length, "speculative_config": speculative}
         runs = _run(llm, facts, temperatures, settings, fitting, off, console)
         if method == "none":
@@ -131,6 +132,8 @@ def _run(
     job: dict[str, Any] = {"llm": llm | ({"speculative_config": speculative} if speculative else {})}
     if settings.rank_hits and speculative:
         job |= {"llm": job["llm"] | {"enforce_eager": True, "async_scheduling": False}, "rank hits": True}
+    if PER_REQUEST in (speculative or {}):
+        job |= {"llm": job["llm"] | {"async_scheduling": False}}
     asked = {name: [{"id": p.id, "turns": p.turns} for p in prompts] for name, prompts in fitting.sets.items()}
     runs: list[tuple[dict[str, Any], dict[str, Answers]]] = []
     # In this one's process: memory and counters of workers are then read where they are.

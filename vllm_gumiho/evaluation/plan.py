@@ -12,6 +12,7 @@ from vllm_gumiho.drafters.checkpoints import drafter_in, open_checkpoint
 from vllm_gumiho.files import sha256_of
 from vllm_gumiho.request.catalogue import check_named, checkpoint_for, local_path
 from vllm_gumiho.request.lengths import AUTO, draft_length
+from vllm_gumiho.request.per_request import PER_REQUEST, per_request_value
 
 DEFAULT_K = 7
 # N-grams of two to five tokens are looked up; vLLM's own default, five only, finds little in short chats.
@@ -47,11 +48,18 @@ def find_drafter(method: str, checkpoint: str | None, lengths: tuple[int | str, 
     return Drafter(path, numbers)
 
 
-def speculative_config(method: str, drafter: Drafter, length: int | str) -> dict[str, Any] | None:
-    """vLLM's speculative config for one engine of the grid; None without speculation."""
+def speculative_config(
+    method: str, drafter: Drafter, length: int | str, per_request: str | None = None
+) -> dict[str, Any] | None:
+    """vLLM's speculative config for one engine of the grid; None without speculation.
+
+    per_request: how drafts of our methods end, as `vllm_gumiho.request.per_request.per_request_option` gives it.
+    """
     if method == "none":
         return None
     config: dict[str, Any] = {"method": method, "num_speculative_tokens": length}
+    if per_request is not None and method in DRAFTERS:
+        config[PER_REQUEST] = per_request_value(per_request)
     return config | (NGRAM if method == "ngram" else {"model": str(drafter.path)})
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from vllm_gumiho.drafters import DEFAULT, DRAFTERS
 from vllm_gumiho.errors import EvalError
-from vllm_gumiho.options import CONCURRENCY, TARGET, option
+from vllm_gumiho.options import CONCURRENCY, PER_REQUEST, TARGET, option
 from vllm_gumiho.request.lengths import AUTO, length_option
+from vllm_gumiho.request.per_request import per_request_option
 
 METHODS = (*DRAFTERS, "eagle", "ngram", "none")
 
@@ -27,6 +28,7 @@ class Settings:
     num_speculative_tokens: tuple[int | str, ...] = option(
         (), f"K or {AUTO}; repeat for a grid.  Default: all the checkpoint has, else 7.", parser=length_option
     )
+    per_request: str | None = option(None, PER_REQUEST, parser=per_request_option)
     temperatures: tuple[float, ...] = option((0.0,), "0 (default) or 1; repeat for a grid.", "--temperature")
     baseline: Path | None = option(None, "Report with a greedy run without speculation, instead of running one.")
     limit: int = option(0, "First N prompts of each set; 0 for all.")
@@ -83,6 +85,11 @@ def check_settings(settings: Settings) -> None:
         raise EvalError(
             f"--rank-hits looks at the choices of {' and '.join(DRAFTERS)} alone, not of method {settings.method!r}; "
             "leave it out"
+        )
+    if settings.per_request is not None and settings.method not in DRAFTERS:
+        raise EvalError(
+            f"--per-request {settings.per_request} ends drafts of {' and '.join(DRAFTERS)} alone, not of method "
+            f"{settings.method!r}; leave it out"
         )
     if settings.method == "none" and settings.baseline is not None:
         raise EvalError(f"--baseline {settings.baseline}: --method none makes baselines; leave it out")

@@ -8,12 +8,33 @@ from typing import Any
 from vllm_gumiho.drafters import PER_REQUEST
 from vllm_gumiho.errors import CheckpointError
 
-__all__ = ["CONFIDENT", "PER_REQUEST", "row_cost"]
+__all__ = ["CONFIDENT", "PER_REQUEST", "per_request_option", "per_request_value", "row_cost"]
 
 CONFIDENT = "confident"
 # What one more row of the target's pass takes, as a share of a pass without any.  Measured on two CPU cores for a
 # target of 135 M weights; on a GPU a pass reads weights until some 300 rows are under way.
 ON_CPU, ON_GPU = 0.07, 1 / 300
+
+
+def per_request_option(text: str) -> str:
+    """A command's way to end drafts: "confident", or a number as it is written.  Raises: typer.BadParameter."""
+    try:
+        row_cost(value := per_request_value(text))
+    except CheckpointError:
+        import typer  # of the command line alone: engines import this module
+
+        raise typer.BadParameter(
+            f'{text!r} ends no draft; give "{CONFIDENT}", or what a row of a step costs, a share above 0'
+        ) from None
+    return str(value)
+
+
+def per_request_value(text: str) -> str | float:
+    """What the speculative config takes for a text of `per_request_option`."""
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip().lower()
 
 
 def row_cost(asked: Any) -> float | None:

@@ -24,6 +24,9 @@ def generate(
     sampled: Annotated[float, typer.Option(help="Share of answers sampled at T=0.8, the rest greedy.")] = 0.3,
     shard: Annotated[str, typer.Option(help="I/N: answer the I-th (from 0) of N disjoint shares.")] = "0/1",
     evaluation_prompts: EvaluationPrompts = None,
+    written: Annotated[
+        bool, typer.Option("--written", help="Take the answers that the lines hold ({id, turns, answers}); ask nobody.")
+    ] = False,
     concurrency: Annotated[int, typer.Option(help="Most requests at once; a GPU takes some hundred.", min=1)] = 96,
     seed: Annotated[int, typer.Option(help="Of who is sampled, and of the samples.")] = 0,
     limit: Annotated[int, typer.Option(help="Answer at most that many; 0 is all.")] = 0,
@@ -38,23 +41,18 @@ def generate(
     from vllm_gumiho.engines.target import find_target
     from vllm_gumiho.engines.worker import kv_cache_of
     from vllm_gumiho.training.generate import Questions, generate_answers
+    from vllm_gumiho.training.written import take_answers
 
     index, _, count = shard.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise typer.BadParameter(f"{shard!r} is not I/N with I from 0 to N-1", param_hint="--shard")
-    counts = generate_answers(
-        find_target(target),
-        prompts,
-        output,
-        Questions(max_tokens, max_prompt_tokens, max_turns, sampled, seed),
-        evaluation_prompts,
-        (int(index), int(count)),
-        limit,
-        seed=seed,
-        max_num_seqs=concurrency,
-        enforce_eager=enforce_eager,
-        **(kv_cache_of(kv_cache_gib) if kv_cache_gib else {}),
-    )
+    questions = Questions(max_tokens, max_prompt_tokens, max_turns, sampled, seed)
+    asked = (find_target(target), prompts, output, questions, evaluation_prompts, (int(index), int(count)), limit)
+    if written:
+        counts = take_answers(*asked)
+    else:
+        kv_cache = kv_cache_of(kv_cache_gib) if kv_cache_gib else {}
+        counts = generate_answers(*asked, seed=seed, max_num_seqs=concurrency, enforce_eager=enforce_eager, **kv_cache)
     typer.echo(f"{output}: " + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()))
 
 

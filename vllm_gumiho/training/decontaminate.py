@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,23 +46,29 @@ class EvaluationPrompts:
                     turns |= {text: f"{file.stem}:{prompt.id}" for text in texts if text}
         return EvaluationPrompts(turns)
 
-    def found_in(self, text: str) -> str | None:
-        """Id of an evaluation prompt that ``text`` is or contains; short ones count only when they are all of it."""
+    def found_in(self, text: str, answer: bool = False) -> str | None:
+        """Id of an evaluation prompt that ``text`` is or contains; short ones count only when they are all of it.
+
+        answer: the text answers somebody, and may be what a short prompt is by chance.
+        """
         text = normalise(text)
-        if text in self.turns:
+        if text in self.turns and not answer:
             return self.turns[text]
         return next((name for turn, name in self.turns.items() if len(turn) >= WHOLE_ONLY and turn in text), None)
 
-    def refuse(self, texts: Iterable[tuple[str, str]]) -> int:
-        """Check ``(id, text)`` pairs; returns how many were checked.
+    def refuse(self, prompts: Iterable[tuple[str, str]], answers: Iterable[tuple[str, str]] = ()) -> int:
+        """Check ``(id, text)`` pairs of prompts, and of answers to them; returns how many prompts were checked.
 
         Raises: DataError naming the ids of those that hold an evaluation prompt, and which.
         """
         checked, found = 0, []
-        for name, text in texts:
+        for name, text in prompts:
             checked += 1
             if evaluation := self.found_in(text):
                 found.append(f"{name} (is {evaluation})")
+        for name, text in answers:
+            if evaluation := self.found_in(text, answer=True):
+                found.append(f"answer of {name} (is {evaluation})")
         if found:
             more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
             raise DataError(
@@ -73,16 +79,18 @@ class EvaluationPrompts:
 
 
 def refuse_evaluation_prompts(samples: list[Sample], target: str, paths: Iterable[str]) -> None:
-    """Raises: DataError when the decoded prompt of a sample holds an evaluation prompt."""
+    """Raises: DataError when the decoded prompt of a sample holds an evaluation prompt, or an answer does."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target)
     prompts = EvaluationPrompts.read(paths)
-    checked = prompts.refuse(
-        (sample.id, tokenizer.decode(prompt, skip_special_tokens=True))
-        for sample in samples
-        for prompt, _ in sample.turns
-    )
+
+    def texts(part: int) -> Iterator[tuple[str, str]]:
+        for sample in samples:
+            for turn in sample.turns:
+                yield sample.id, tokenizer.decode(turn[part], skip_special_tokens=True)
+
+    checked = prompts.refuse(texts(0), texts(1))
     logger.warning(
         "%d training prompts checked: none of the %d evaluation turns is in them", checked, len(prompts.turns)
     )

@@ -38,6 +38,11 @@ class Questions:
     sampled: float = 0.3
     seed: int = 0
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a conversation when its last question is asked."""
+        return self.max_prompt_tokens + (self.max_turns - 1) * self.max_tokens
+
     def temperature(self, name: str) -> float:
         """Of all answers of the conversation with this id."""
         return SAMPLED_TEMPERATURE if random.Random(f"{self.seed}:{name}").random() < self.sampled else 0.0
@@ -141,11 +146,10 @@ def generate_answers(
     if evaluation_prompts:
         evaluation = EvaluationPrompts.read(evaluation_prompts)
         counts["checked"] = evaluation.refuse((prompt.id, turn) for prompt in prompts for turn in prompt.turns)
-    known = _known_ids(output)
+    known = known_ids(output)
     todo = [prompt for prompt in prompts if prompt.id not in known][: limit or None]
     output.parent.mkdir(parents=True, exist_ok=True)
-    longest = questions.max_prompt_tokens + (questions.max_turns - 1) * questions.max_tokens
-    settings = {"max_num_seqs": 96, "max_model_len": longest + questions.max_tokens, **engine}
+    settings = {"max_num_seqs": 96, "max_model_len": questions.longest + questions.max_tokens, **engine}
     os.environ.setdefault(CPU_KV_SPACE.name, CPU_KV_GIB)
     os.environ.update(engine_environment())
     if current_platform.is_cpu():
@@ -159,7 +163,7 @@ def generate_answers(
     talks = (Conversation(prompt.id, list(prompt.turns[: questions.max_turns])) for prompt in todo)
     with output.open("a") as file, Progress() as progress:
         task = progress.add_task("answers", total=len(todo))
-        for talk in finished(llm, talks, questions, longest, WAITING * settings["max_num_seqs"]):
+        for talk in finished(llm, talks, questions, WAITING * settings["max_num_seqs"]):
             progress.advance(task)
             if talk.lost is not None:
                 counts[talk.lost] += 1
@@ -173,17 +177,12 @@ def generate_answers(
     return counts
 
 
-def finished(
-    llm: Any, talks: Iterator[Conversation], questions: Questions, longest: int, at_once: int
-) -> Iterator[Conversation]:
-    """Conversations as they end, ``at_once`` of them in the engine or waiting there, so that its batch is always full.
-
-    longest: most token ids of a conversation when it is asked.
-    """
+def finished(llm: Any, talks: Iterator[Conversation], questions: Questions, at_once: int) -> Iterator[Conversation]:
+    """Conversations as they end, ``at_once`` of them in the engine or waiting there, so that its batch is full."""
     tokenizer, stream = llm.get_tokenizer(), Stream(llm.llm_engine)
 
     def ask(talk: Conversation) -> bool:
-        ids = talk.ask(tokenizer, longest)
+        ids = talk.ask(tokenizer, questions.longest)
         if ids is not None:
             stream.send((talk, ids), ids, _sampling(questions, talk.id, len(talk.turns)))
         return ids is not None
@@ -216,7 +215,8 @@ def _sampling(questions: Questions, name: str, turn: int) -> SamplingParams:
     )
 
 
-def _known_ids(output: Path) -> set[str]:
+def known_ids(output: Path) -> set[str]:
+    """Ids of the lines of a file of answers; a last line that a kill cut off is taken away.  Raises: DataError."""
     if not output.is_file():
         return set()
     text = output.read_text()
