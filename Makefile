@@ -48,13 +48,14 @@ test-long: models next-wheel  ## the tests, those of more than a few minutes too
 	$(RUN) $(BIN)/python -m pytest -n $(WORKERS) $(SHARE)
 
 # The next vLLM's wheel, whose source the hook table is held to.  Without a package index that test is skipped by name.
-next-wheel: setup
+# It needs no environment: `make -j 2 setup next-wheel` loads it meanwhile.
+next-wheel:
 	@ls .whl/vllm-$(NEXT)-*.whl >/dev/null 2>&1 \
-	  || $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d .whl vllm==$(NEXT) \
+	  || $(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps -d .whl vllm==$(NEXT) \
 	  || echo "no wheel of vLLM $(NEXT): its hooks are not checked" >&2
 
 # The next vLLM has no CPU build yet: its Python is put on the CPU libraries of this one, in a folder of its own.
-next: next-wheel
+next: setup next-wheel
 	@test .next/.ready -nt $(VENV)/.ready -a .next/.ready -nt tests/support/next_release.py \
 	  || { $(BIN)/python tests/support/next_release.py .whl/vllm-$(NEXT)-*.whl .next && touch .next/.ready; } \
 	  || { rm -rf .next; echo "vLLM $(NEXT) could not be set up: its tests do not run" >&2; }

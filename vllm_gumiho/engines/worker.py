@@ -10,6 +10,7 @@ A job names a module of ``tasks``: its `TASKS` take what was started and the res
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -27,6 +28,8 @@ def start_engine(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """An engine for ``job["llm"]``, the arguments of `vllm.LLM`, and the facts of it."""
     from vllm import LLM
 
+    # An engine collects garbage eight times as it starts, each time through all that is imported, if not set apart.
+    gc.freeze()
     llm = LLM(**job["llm"])
     return llm, engine_facts(llm)
 
