@@ -6,6 +6,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 WORKERS ?= 2
 PROMPTS ?=
+PER_REQUEST ?=
 NEXT := 0.33.0
 # Tests among processes: by file, in the order of tests/conftest.py.
 SHARE := --dist loadfile --no-loadscope-reorder
@@ -82,10 +83,11 @@ docs: setup  ## the site of docs/ in site/, links checked
 	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-lossless: models  ## greedy output against speculation off, token by token (PROMPTS=folder); hours on a small CPU
+lossless: models  ## greedy output against speculation off, token by token (PROMPTS=folder, PER_REQUEST=confident); hours on a small CPU
 	@test -n "$(PROMPTS)" || { echo "make lossless: no prompts; give PROMPTS=DIR, a folder of *.jsonl of {id, turns}" >&2; exit 2; }
 	$(RUN) $(BIN)/vllm-gumiho eval --target smollm2 --checkpoint gumiho --prompts "$(PROMPTS)" --method gumiho \
-	  --num-speculative-tokens 7 --temperature 0 --dtype float32 --max-tokens 64 --concurrency 32 --output out/lossless.json
+	  --num-speculative-tokens 7 --temperature 0 --dtype float32 --max-tokens 64 --concurrency 32 \
+	  $(if $(PER_REQUEST),--per-request $(PER_REQUEST)) --output out/lossless.json
 
 soak: models  ## 1,000 requests, 32 at once, against a real server, then killed processes
 	$(RUN) $(BIN)/python tests/soak

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "engines": "env errors files",
     "request": "drafters env errors files",
     "tuning": "engines env errors figures files options request",
-    "plugin": "drafters engines errors request tuning",
+    "plugin": "drafters engines env errors files request tuning",
     "training": "checkpoint drafters engines env errors figures files options version",
     "evaluation": "checkpoint drafters engines env errors figures files options plugin request",
     "benchmark": "drafters engines env errors evaluation figures files options request",

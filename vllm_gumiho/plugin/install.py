@@ -11,8 +11,8 @@ from typing import Any
 from vllm_gumiho.drafters import DRAFTERS, drafter_of, lacking_in_v2
 from vllm_gumiho.engines.facts import vllm_version
 from vllm_gumiho.plugin.arguments import patch_arguments
-from vllm_gumiho.plugin.hooks import check, mismatch_message
 from vllm_gumiho.plugin.import_watch import when_imported
+from vllm_gumiho.plugin.verdict import refusal_of
 from vllm_gumiho.plugin.vllm_source import Source
 
 logger = logging.getLogger("vllm.vllm_gumiho")
@@ -21,7 +21,7 @@ logger = logging.getLogger("vllm.vllm_gumiho")
 @functools.cache
 def refusal() -> str | None:
     """Why the installed vLLM cannot draft with us, None where every hook holds."""
-    return mismatch_message(check(Source.installed()), vllm_version())
+    return refusal_of(Source.installed(), vllm_version())
 
 
 @functools.cache

@@ -13,8 +13,10 @@ from typing import Any
 class Source:
     """The Python source of vLLM: an installed package or a wheel."""
 
-    def __init__(self, read: Callable[[str], str | None]):
-        self._read = read
+    def __init__(self, read: Callable[[str], str | None], root: Path | None = None):
+        """read: a file's text by its path in the package's parent folder, None where there is none.  root: that folder,
+        where the files lie on the disk."""
+        self._read, self._root = read, root
         self._trees: dict[str, ast.Module | None] = {}
 
     @staticmethod
@@ -27,7 +29,7 @@ class Source:
             file = root / path if root else None
             return file.read_text(encoding="utf-8") if file and file.is_file() else None
 
-        return Source(read)
+        return Source(read, root)
 
     @staticmethod
     def wheel(file: str | Path) -> Source:
@@ -35,6 +37,22 @@ class Source:
         archive = zipfile.ZipFile(file)
         names = set(archive.namelist())
         return Source(lambda path: archive.read(path).decode() if path in names else None)
+
+    def stamps(self, modules: Sequence[str]) -> list[list[Any]] | None:
+        """Module, file, size in bytes and time of the last change (ns) of each; None for source that lies in no files,
+        or where one cannot be looked at."""
+        if self._root is None:
+            return None
+        found: list[list[Any]] = []
+        for module in modules:
+            path = self._root / module.replace(".", "/")
+            file = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+            try:
+                status = file.stat()
+            except OSError:
+                return None
+            found.append([module, str(file), status.st_size, status.st_mtime_ns])
+        return found
 
     def tree(self, module: str) -> ast.Module | None:
         if module not in self._trees:
