@@ -24,7 +24,7 @@ help:  ## this list
 setup: $(VENV)/.ready  ## the virtual environment, with vLLM's CPU build
 
 # torchvision and its likes have no CPU build on the package index: their CUDA builds break the import of transformers'
-# models, and nothing here needs them.  Of all these packages Python compiles what it imports: a quarter.
+# models, and nothing here needs them.  Python compiles what it imports, a part of all these packages.
 $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "torch==2.13.0" -e ".[cpu,train,models,eval,bench,dev]"
