@@ -47,7 +47,9 @@ SCHEDULE = Variable(
 )
 OURS = (CHECKPOINTS, DRAFT_WEIGHTS, KERNELS, SPLIT_HEADS, SCHEDULE)
 
-CACHE_ROOT = Variable("VLLM_CACHE_ROOT", "Its folder `gumiho` has schedules, drafts' configs and vLLMs found fit.", "`~/.cache/vllm`")
+CACHE_ROOT = Variable(
+    "VLLM_CACHE_ROOT", "Its folder `gumiho` has schedules, drafts' configs and vLLMs found fit.", "`~/.cache/vllm`"
+)
 V2_RUNNER = Variable(
     "VLLM_USE_V2_MODEL_RUNNER",
     "vLLM's model runner: `1` for V2, `0` for V1.",
