@@ -46,6 +46,7 @@ def cell(variant: Variant, speed: float, repeat: int = 0, concurrency: int = 1, 
         "tpot_ms": {"p50": 10.0, "p95": 20.0},
         "ttft_ms": {"p50": 30.0, "p95": None},
         "drafts": drafts,
+        "draft_tokens": drafts * variant.length - (5 if drafts else 0),
         "accepted_tokens": drafts * sum(positions),
         "acceptance_per_position": positions,
         "step_ms": {"verify": 3.0, "draft": 2.0, "rest": 1.0} if mode == "offline" else None,
@@ -233,8 +234,17 @@ def test_rows_that_failed_or_were_not_run_stay_in_the_table_with_the_reason(repo
     assert "ngram K=2 n=4: not run: no time left of 2 minutes" in text
     assert text.count("ngram K=2 - - - -") == 2 * 4
     assert "1.10x [1.10 1.10] 10.0/20.0 30.0/-" in text
-    assert "1.88 .50 .25 .12 6/6 3.0 2.0 1.0 3/3" in text
+    assert "2.5 1.88 .50 .25 .12 6/6 3.0 2.0 1.0 3/3" in text
     assert "n/a n/a n/a" in text
+
+
+def test_cells_of_an_earlier_version_have_no_sent_tokens():
+    cells = [cell(GUMIHO, 10, r) for r in range(3)]
+    (found,) = [r for r in summarise(grid(concurrency=(1,)), cells, "") if r["label"] == GUMIHO.label and r["cells"]]
+    assert found["sent_per_draft"] == 2.5
+    del cells[1]["draft_tokens"]
+    (found,) = [r for r in summarise(grid(concurrency=(1,)), cells, "") if r["label"] == GUMIHO.label and r["cells"]]
+    assert found["sent_per_draft"] is None
 
 
 def test_every_plot_is_drawn_and_assumed_acceptance_is_not_plotted(report, tmp_path):

@@ -112,6 +112,10 @@ def test_gumiho_is_judged_against_a_baseline_at_two_temperatures(judged, folder,
         str(folder / "off.json"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    for run in report["runs"]:
+        mean = run["mean"]
+        sent = f"{mean['draft_tokens']} tokens sent to verification, {mean['accepted_tokens']} accepted"
+        assert f"{mean['drafts']} drafts, {sent}" in done.stdout
     assert (report["complete"], report["different"]) == (True, 0)
     greedy, sampled = report["runs"]
     assert (greedy["temperature"], sampled["temperature"]) == (0, 1)

@@ -93,6 +93,7 @@ def measure(
         "tpot_ms": percentiles(later),
         "ttft_ms": percentiles(first),
         "drafts": counts.drafts,
+        "draft_tokens": counts.draft_tokens,
         "accepted_tokens": counts.accepted_tokens,
         **acceptance(counts, length),
         "answers": [_digest(output.outputs[0].token_ids) for output in outputs],

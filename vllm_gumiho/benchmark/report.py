@@ -50,6 +50,8 @@ def _row(found: Sequence[dict[str, Any] | None], off: Sequence[dict[str, Any] | 
             speedups.append(cell["output_tokens_per_s"] / base["output_tokens_per_s"])
             equal += [a == b for a, b in zip(cell["answers"], base["answers"], strict=True)]
     drafts = sum(cell["drafts"] for cell in done)
+    # Cells of an earlier version do not have it.
+    sent = [cell["draft_tokens"] for cell in done if "draft_tokens" in cell]
     positions = [cell for cell in done if cell["acceptance_per_position"] is not None]
     steps = [cell["step_ms"] for cell in done if cell.get("step_ms")]
     return row | {
@@ -59,6 +61,7 @@ def _row(found: Sequence[dict[str, Any] | None], off: Sequence[dict[str, Any] | 
         "ttft_ms": {p: _middle(cell["ttft_ms"][p] for cell in done) for p in ("p50", "p95")},
         "speedup": _middle(speedups),
         "speedup_range": _range(speedups),
+        "sent_per_draft": sum(sent) / drafts if drafts and len(sent) == len(done) else None,
         "acceptance_length": 1 + sum(cell["accepted_tokens"] for cell in done) / drafts if drafts else 1.0,
         "acceptance_per_position": [
             sum(rate * cell["drafts"] for rate, cell in zip(rates, positions, strict=True)) / drafts if drafts else 0.0
@@ -102,9 +105,11 @@ def _drafts(row: dict[str, Any]) -> list[str]:
     step = row["step_ms"]
     parts = [f"{step[name]:.1f}" for name in ("verify", "draft", "rest")] if step else ["n/a"] * 3
     if row["method"] == "none":
-        return ["-", "-", "-", *parts]
+        return ["-", "-", "-", "-", *parts]
     positions = " ".join(f"{rate:.2f}".removeprefix("0") for rate in row["acceptance_per_position"])
-    return [f"{row['acceptance_length']:.2f}", positions, "/".join(map(str, row["equal"] or ["-"])), *parts]
+    sent = "-" if row["sent_per_draft"] is None else f"{row['sent_per_draft']:.1f}"
+    length = f"{row['acceptance_length']:.2f}"
+    return [sent, length, positions, "/".join(map(str, row["equal"] or ["-"])), *parts]
 
 
 # Columns after those of every table, what fills them, and what they mean.
@@ -114,9 +119,9 @@ TABLES: dict[str, tuple[list[str], Callable[[dict[str, Any]], list[str]], str]] 
         "speedup: over off in the same cycle, median and range over cycles",
     ),
     "drafts and steps": (
-        ["length", "accepted up to 1, 2, ...", "equal", "verify\nms", "draft\nms", "rest\nms"], _drafts,
-        "length: 1 + accepted / drafts; equal: answers equal to off's; parts of a decoding step with the profiler on, "
-        "n/a where vLLM marks none",
+        ["sent", "length", "accepted up to 1, 2, ...", "equal", "verify\nms", "draft\nms", "rest\nms"], _drafts,
+        "sent: tokens verified a draft; length: 1 + accepted / drafts; equal: answers equal to off's; parts of a "
+        "decoding step with the profiler on, n/a where vLLM marks none",
     ),
 }  # fmt: skip
 

@@ -91,6 +91,7 @@ def read_result(result: dict[str, Any], length: int | str) -> dict[str, Any]:
         "tpot_ms": {p: result[f"{p}_tpot_ms"] for p in ("p50", "p95")},
         "ttft_ms": {p: result[f"{p}_ttft_ms"] for p in ("p50", "p95")},
         "drafts": drafts,
+        "draft_tokens": result.get("spec_decode_draft_tokens", 0),
         "accepted_tokens": result.get("spec_decode_accepted_tokens", 0),
         # A server that has not drafted yet shows no counters, and the client then reports none.
         "acceptance_length": result.get("spec_decode_acceptance_length") if length else 1.0,

@@ -55,6 +55,13 @@ def show(console: Console, run: dict[str, Any]) -> None:
     if drafts:
         table.add_row("conditional", "", "", "", *map(_rate, run["mean"]["conditional_accuracy_per_position"]), "")
     console.print(table)
+    if drafts:
+        mean = run["mean"]
+        console.print(
+            f"{mean['drafts']:,} drafts, {mean['draft_tokens']:,} tokens sent to verification, "
+            f"{mean['accepted_tokens']:,} accepted",
+            highlight=False,
+        )
     if "rank_hits" in run["mean"]:
         _show_ranks(console, run["mean"]["rank_hits"])
     for name, one in run["sets"].items():
