@@ -53,6 +53,7 @@ test-long: models next-wheel  ## the tests, those of more than a few minutes too
 next-wheel:
 	@ls .whl/vllm-$(NEXT)-*.whl >/dev/null 2>&1 \
 	  || $(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps -d .whl vllm==$(NEXT) \
+	  || $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d .whl vllm==$(NEXT) \
 	  || echo "no wheel of vLLM $(NEXT): its hooks are not checked" >&2
 
 # The next vLLM has no CPU build yet: its Python is put on the CPU libraries of this one, in a folder of its own.
@@ -87,7 +88,7 @@ lossless: models  ## greedy output against speculation off, token by token (PROM
 	@test -n "$(PROMPTS)" || { echo "make lossless: no prompts; give PROMPTS=DIR, a folder of *.jsonl of {id, turns}" >&2; exit 2; }
 	$(RUN) $(BIN)/vllm-gumiho eval --target smollm2 --checkpoint gumiho --prompts "$(PROMPTS)" --method gumiho \
 	  --num-speculative-tokens 7 --temperature 0 --dtype float32 --max-tokens 64 --concurrency 32 \
-	  $(if $(PER_REQUEST),--per-request $(PER_REQUEST)) --output out/lossless.json
+	  $(if $(PER_REQUEST),--per-request $(PER_REQUEST)) --output out/lossless$(addprefix -,$(PER_REQUEST)).json
 
 soak: models  ## 1,000 requests, 32 at once, against a real server, then killed processes
 	$(RUN) $(BIN)/python tests/soak

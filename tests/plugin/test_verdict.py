@@ -50,11 +50,43 @@ def test_another_file_vllm_or_hook_is_read_again(package):
     assert verdict.refusal_of(source(), "0.33", (HOOK,)) is None
     assert len(reads) == 2
     assert "it has no b" in verdict.refusal_of(source(), "0.32", (Hook("package.module", "f", "called", "x", ("b",)),))
+    times = file.stat()
     file.write_text("def f(b): pass\n")
-    os.utime(file, ns=(1, 1))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert "it has no a" in verdict.refusal_of(source(), "0.32", (HOOK,))
     file.unlink()
     assert "the module is gone" in verdict.refusal_of(source(), "0.32", (HOOK,))
+
+
+def test_vllms_that_share_a_cache_are_told_apart(package, tmp_path):
+    file, source, reads = package
+    assert verdict.refusal_of(source(), "0.32", (HOOK,)) is None
+    other = tmp_path / "other"
+    (other / "package").mkdir(parents=True)
+    file.rename(other / "package" / "module.py")
+
+    def read(path):
+        reads.append(path)
+        return (other / path).read_text()
+
+    assert verdict.refusal_of(Source(read, other), "0.32", (HOOK,)) is None
+    assert len(reads) == 2
+
+
+def test_source_in_a_wheel_is_not_remembered(package):
+    source = Source({"package/module.py": "def f(a): pass\n"}.get)
+    assert source.stamps(["package.module"]) is None
+    assert verdict.refusal_of(source, "0.32", (HOOK,)) is None
+    assert "it is gone" in verdict.refusal_of(Source({"package/module.py": ""}.get), "0.32", (HOOK,))
+
+
+def test_another_way_to_look_is_read_again(package, monkeypatch, tmp_path):
+    _, source, reads = package
+    assert verdict.refusal_of(source(), "0.32", (HOOK,)) is None
+    (tmp_path / "vllm_source.py").write_text("another way")
+    monkeypatch.setattr(verdict.vllm_source, "__file__", str(tmp_path / "vllm_source.py"))
+    assert verdict.refusal_of(source(), "0.32", (HOOK,)) is None
+    assert len(reads) == 2
 
 
 def test_a_refusal_is_not_remembered(package):
@@ -72,12 +104,25 @@ def test_without_a_place_to_remember_it_is_read_each_time(package, monkeypatch, 
         assert verdict.refusal_of(source(), "0.32", (HOOK,)) is None
         assert len(reads) == count
 
-    def homeless():
-        raise FileNotFoundError("no home")
 
-    monkeypatch.setattr(verdict, "cache_folder", homeless)
+@pytest.mark.parametrize("error", [FileNotFoundError("no home"), AttributeError("an unfit vLLM has no such place")])
+def test_a_place_that_cannot_be_asked_for_is_no_reason_to_refuse(package, monkeypatch, error):
+    _, source, reads = package
+
+    def fails():
+        raise error
+
+    monkeypatch.setattr(verdict, "cache_folder", fails)
     assert verdict.refusal_of(source(), "0.32", (HOOK,)) is None
-    assert len(reads) == 3
+    assert len(reads) == 1
+
+
+def test_a_place_that_cannot_be_looked_at_is_no_reason_to_refuse(package, monkeypatch, tmp_path):
+    """As root every folder may be looked at; a name that is too long may not."""
+    _, source, reads = package
+    monkeypatch.setattr(verdict, "cache_folder", lambda: tmp_path / ("x" * 300))
+    assert verdict.refusal_of(source(), "0.32", (HOOK,)) is None
+    assert len(reads) == 1
 
 
 def test_a_process_reads_vllm_only_where_no_other_has(tmp_path):

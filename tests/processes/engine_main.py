@@ -314,6 +314,8 @@ def main() -> None:
         except Exception as error:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
             traceback.print_exc()
+        # What a case that raised has left, once its traceback is let go.
+        gc.collect()
     Path(sys.argv[2]).write_text(json.dumps(results))
 
 

@@ -72,6 +72,10 @@ def test_training_refuses_answers_to_evaluation_prompts(tmp_path, evaluation, em
     with pytest.raises(DataError, match=r"1 of 2 training prompts are evaluation prompts: leak \(is set:e1\)"):
         refuse_evaluation_prompts(samples, str(embedded_target), [str(evaluation)])
     refuse_evaluation_prompts(samples[:1], str(embedded_target), [str(evaluation)])
+    answered = line("said", "Give me a prompt.") | {"answer": tokenizer.encode(f"Here: {LONG}")}
+    samples = read_samples([write_lines(tmp_path / "said.jsonl", [answered])], 49152)
+    with pytest.raises(DataError, match=r"1 of 1 training prompts .*said \(its answer is set:e1\)"):
+        refuse_evaluation_prompts(samples, str(embedded_target), [str(evaluation)])
 
 
 def test_missing_evaluation_prompts_are_an_error(tmp_path):

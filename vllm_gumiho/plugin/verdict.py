@@ -4,10 +4,12 @@ which each process of every engine would spend, one without Gumiho too."""
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from vllm_gumiho.env import cache_folder
-from vllm_gumiho.files import digest_of, write_text
+from vllm_gumiho.files import digest_of, sha256_of, write_text
+from vllm_gumiho.plugin import vllm_source
 from vllm_gumiho.plugin.hooks import SERVING, Hook, check, mismatch_message
 from vllm_gumiho.plugin.vllm_source import Source
 
@@ -15,11 +17,11 @@ from vllm_gumiho.plugin.vllm_source import Source
 def refusal_of(source: Source, version: str | None, hooks: tuple[Hook, ...] = SERVING) -> str | None:
     """Why a vLLM cannot draft with us, None where every hook holds.  version: of it, None where there is none.
 
-    Hooks that hold are remembered in vLLM's cache folder, for these hooks and these files: a file is told by its size
-    and the time of its last change.  What does not hold is read again by each process.
+    Hooks that hold are remembered in vLLM's cache folder, for these hooks, these files and this way to look: a file of
+    vLLM is told by its size and the times of its last change.  What does not hold is read again by each process.
     """
     mark = _mark(source, version, hooks)
-    if mark is not None and mark.is_file():
+    if mark is not None and os.path.isfile(mark):
         return None
     found = mismatch_message(check(source, hooks), version)
     if found is None and mark is not None:
@@ -36,7 +38,7 @@ def _mark(source: Source, version: str | None, hooks: tuple[Hook, ...]) -> Path 
     if version is None or stamps is None:
         return None
     wanted = sorted([hook.module, hook.name, list(hook.needs)] for hook in hooks)
-    try:
-        return cache_folder() / "hooks" / digest_of([version, wanted, stamps])
-    except OSError:
-        return None
+    # Whatever goes wrong here, a vLLM without the place to ask among it: the hooks decide, and are read.
+    with contextlib.suppress(Exception):
+        return cache_folder() / "hooks" / digest_of([version, wanted, stamps, sha256_of(Path(vllm_source.__file__))])
+    return None

@@ -39,8 +39,8 @@ class Source:
         return Source(lambda path: archive.read(path).decode() if path in names else None)
 
     def stamps(self, modules: Sequence[str]) -> list[list[Any]] | None:
-        """Module, file, size in bytes and time of the last change (ns) of each; None for source that lies in no files,
-        or where one cannot be looked at."""
+        """Module, file, size in bytes and times of the last change (of content and of status, ns) of each; None for
+        source that lies in no files, or where one cannot be looked at."""
         if self._root is None:
             return None
         found: list[list[Any]] = []
@@ -51,7 +51,7 @@ class Source:
                 status = file.stat()
             except OSError:
                 return None
-            found.append([module, str(file), status.st_size, status.st_mtime_ns])
+            found.append([module, str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
         return found
 
     def tree(self, module: str) -> ast.Module | None:

@@ -14,13 +14,17 @@ from vllm_gumiho.training.recipe import Recipe
 
 def generate(
     target: TargetOption,
-    prompts: Annotated[list[Path], typer.Option(help="JSON lines of {id, turns}; repeat for more files.")],
+    prompts: Annotated[
+        list[Path], typer.Option(help="JSON lines of {id, turns} (and answers); repeat for more files.")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="JSON-lines file to write; existing answers are kept.")
     ],
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 256,
-    max_prompt_tokens: Annotated[int, typer.Option(help="Longest first prompt, tokens; longer are left out.")] = 512,
-    max_turns: Annotated[int, typer.Option(help="User turns asked of each conversation.")] = 1,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 256,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(help="Longest first prompt, tokens; longer are left out.", min=1)
+    ] = 512,
+    max_turns: Annotated[int, typer.Option(help="User turns asked of each conversation.", min=1)] = 1,
     sampled: Annotated[float, typer.Option(help="Share of answers sampled at T=0.8, the rest greedy.")] = 0.3,
     shard: Annotated[str, typer.Option(help="I/N: answer the I-th (from 0) of N disjoint shares.")] = "0/1",
     evaluation_prompts: EvaluationPrompts = None,
@@ -29,7 +33,7 @@ def generate(
     ] = False,
     concurrency: Annotated[int, typer.Option(help="Most requests at once; a GPU takes some hundred.", min=1)] = 96,
     seed: Annotated[int, typer.Option(help="Of who is sampled, and of the samples.")] = 0,
-    limit: Annotated[int, typer.Option(help="Answer at most that many; 0 is all.")] = 0,
+    limit: Annotated[int, typer.Option(help="Answer at most that many; 0 is all.", min=0)] = 0,
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="No torch.compile, no CUDA graphs: sooner for few prompts.")
     ] = False,

@@ -61,14 +61,16 @@ class EvaluationPrompts:
 
         Raises: DataError naming the ids of those that hold an evaluation prompt, and which.
         """
-        checked, found = 0, []
+        checked, found, named = 0, [], set()
         for name, text in prompts:
             checked += 1
             if evaluation := self.found_in(text):
                 found.append(f"{name} (is {evaluation})")
+                named.add(name)
         for name, text in answers:
-            if evaluation := self.found_in(text, answer=True):
-                found.append(f"answer of {name} (is {evaluation})")
+            if name not in named and (evaluation := self.found_in(text, answer=True)):
+                found.append(f"{name} (its answer is {evaluation})")
+                named.add(name)
         if found:
             more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
             raise DataError(

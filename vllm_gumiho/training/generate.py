@@ -6,7 +6,7 @@ import json
 import os
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from vllm_gumiho.engines.prompts import Prompt, read_prompts, render
 from vllm_gumiho.engines.stream import Stream
 from vllm_gumiho.env import CPU_KV_SPACE, engine_environment
 from vllm_gumiho.errors import DataError, EngineError
-from vllm_gumiho.files import lines_of, write_text
+from vllm_gumiho.files import check_writable, lines_of, write_text
 from vllm_gumiho.training.decontaminate import EvaluationPrompts, normalise
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ SAMPLED_TEMPERATURE = 0.8
 WAITING = 2
 # KV cache on a CPU where the user has not chosen: room for a full batch of a small target.
 CPU_KV_GIB = "4"
+# Of every line that is written.
+_BEGINNING = '{"id": '
 
 
 @dataclass(frozen=True)
@@ -94,23 +96,30 @@ class Conversation:
 
 
 def read_questions(files: list[Path], shard: tuple[int, int] = (0, 1)) -> tuple[list[Prompt], int]:
-    """The prompts of one shard, and how many were left out as repeats.
+    """The prompts of one shard, and how many of all were left out as repeats; see `distinct` and `of_shard`."""
+    prompts, repeats = distinct(prompt for file in files for _, prompt in read_prompts(file))
+    return of_shard(prompts, shard), repeats
 
-    Of prompts with the same id or the same first turn (letters and digits alone) the first is kept.  A prompt belongs
-    to shard ``i`` of ``n`` by its id, so that shards never overlap whatever the order of the files.
-    """
-    prompts: dict[str, Prompt] = {}
+
+def distinct(prompts: Iterable[Prompt]) -> tuple[list[Prompt], int]:
+    """The first prompt of each id and of each first turn (letters and digits alone), and how many others there are."""
+    kept: dict[str, Prompt] = {}
     seen: set[str] = set()
     repeats = 0
-    for prompt in (prompt for file in files for _, prompt in read_prompts(file)):
+    for prompt in prompts:
         key = normalise(prompt.turns[0])
-        if prompt.id in prompts or key in seen:
+        if prompt.id in kept or key in seen:
             repeats += 1
             continue
         seen.add(key)
-        prompts[prompt.id] = prompt
+        kept[prompt.id] = prompt
+    return list(kept.values()), repeats
+
+
+def of_shard(prompts: Iterable[Prompt], shard: tuple[int, int]) -> list[Prompt]:
+    """Those of shard ``(i, n)``.  Their ids decide, so that shards never overlap whatever the order of the files."""
     index, count = shard
-    return [prompt for name, prompt in prompts.items() if zlib.crc32(name.encode()) % count == index], repeats
+    return [prompt for prompt in prompts if zlib.crc32(prompt.id.encode()) % count == index]
 
 
 def generate_answers(
@@ -140,6 +149,7 @@ def generate_answers(
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    refuse_output(output, prompt_files)
     prompts, repeats = read_questions(prompt_files, shard)
     counts = {"conversations": 0, "answer_tokens": 0, "too_long": 0, "cut_by_length": 0, "cut_by_template": 0}
     counts |= {"repeats": repeats, "checked": 0}
@@ -160,6 +170,7 @@ def generate_answers(
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise EngineError(f"{target}: its engine did not start: {reason}; vLLM's log above has the cause") from error
+    refuse_without_template(llm.get_tokenizer(), target)
     talks = (Conversation(prompt.id, list(prompt.turns[: questions.max_turns])) for prompt in todo)
     with output.open("a") as file, Progress() as progress:
         task = progress.add_task("answers", total=len(todo))
@@ -216,14 +227,52 @@ def _sampling(questions: Questions, name: str, turn: int) -> SamplingParams:
 
 
 def known_ids(output: Path) -> set[str]:
-    """Ids of the lines of a file of answers; a last line that a kill cut off is taken away.  Raises: DataError."""
+    """Ids of the lines of a file of answers; a last line that a kill cut off is taken away.
+
+    Raises: DataError for a file of anything else, which stays as it is.
+    """
     if not output.is_file():
         return set()
     text = output.read_text()
     whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_text(output, whole)
+    rest = text[len(whole) :]
     try:
-        return {str(json.loads(line)["id"]) for _, line in lines_of(whole)}
+        ids = {_id_of(line) for _, line in lines_of(whole)}
+        if rest and not _is_cut_off(rest):
+            ids.add(_id_of(rest))
+            whole = f"{text}\n"
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{output}: holds a line that is no answer ({error!r}); give another --output") from error
+    if whole != text:
+        write_text(output, whole)
+    return ids
+
+
+def _is_cut_off(line: str) -> bool:
+    """Whether a line begins as ours do and does not end."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return _BEGINNING.startswith(line[: len(_BEGINNING)])
+    return False
+
+
+def _id_of(line: str) -> str:
+    """Raises: ValueError, KeyError or TypeError for a line that is no answer's."""
+    record = json.loads(line)
+    for turn in record["turns"]:
+        turn["prompt"], turn["answer"]
+    return str(record["id"])
+
+
+def refuse_output(output: Path, prompt_files: Iterable[Path]) -> None:
+    """Raises: DataError for an output that is one of the prompt files; OutputError for one that cannot be written."""
+    if any(file.exists() and output.exists() and file.samefile(output) for file in prompt_files):
+        raise DataError(f"{output}: holds the prompts, and the answers would follow them; give another --output")
+    check_writable(output)
+
+
+def refuse_without_template(tokenizer: Any, target: str) -> None:
+    """Raises: DataError for a target that has no chat template to put questions in."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(f"{target}: its tokenizer has no chat template; give a chat model")

@@ -7,10 +7,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vllm_gumiho.engines.prompts import Prompt
+from vllm_gumiho.engines.prompts import Prompt, read_prompts
 from vllm_gumiho.errors import DataError
 from vllm_gumiho.training.decontaminate import EvaluationPrompts
-from vllm_gumiho.training.generate import Conversation, Questions, known_ids, read_questions
+from vllm_gumiho.training.generate import (
+    Conversation,
+    Questions,
+    distinct,
+    known_ids,
+    of_shard,
+    refuse_output,
+    refuse_without_template,
+)
 
 
 def take_answers(
@@ -24,26 +32,35 @@ def take_answers(
 ) -> dict[str, int]:
     """Append one line ``{"id", "turns"}`` a conversation of the files to ``output``, in the target's tokens.
 
-    The lines of the files are ``{"id", "turns", "answers"}``, an answer to each turn or to the first of them.  As with
-    `vllm_gumiho.training.generate.generate_answers`: ids that the output has are skipped, repeats are left out, and
-    lengths, turns and shards mean the same.  An answer cut at ``questions.max_tokens`` ends its conversation.
+    The lines of the files are ``{"id", "turns", "answers"}``; a conversation ends before a blank answer.  Of the target
+    its tokenizer is read alone.  As with `vllm_gumiho.training.generate.generate_answers`: ids that the output has are
+    skipped, repeats are left out, and turns and shards mean the same.  An answer longer than ``questions.max_tokens``
+    is cut, and ends its conversation.
 
-    Returns the same counts, and ``without_answers`` of conversations that have none.
+    Returns counts: conversations and answer tokens written; first prompts that were too long; conversations that ended
+    before their last answer as it was cut or its prompt did not fit, as the template writes earlier turns in other
+    tokens, or as an answer's text has the template's own marks (``with_marks``); repeats; lines without answers; and
+    prompts checked against the evaluation prompts.
 
-    Raises: PromptError for a prompt file that cannot be read, DataError for evaluation prompts in turns or answers, or
-    where no conversation has an answer.
+    Raises: PromptError for a prompt file that cannot be read; DataError for an output that is a prompt file or of
+    something else, for evaluation prompts in turns or answers, for a target without a chat template, or where no
+    conversation has an answer; OutputError.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    prompts, repeats = read_questions(prompt_files, shard)
-    counts = {"conversations": 0, "answer_tokens": 0, "too_long": 0, "cut_by_length": 0, "cut_by_template": 0}
-    counts |= {"repeats": repeats, "without_answers": sum(not prompt.answers for prompt in prompts), "checked": 0}
-    if prompts and counts["without_answers"] == len(prompts):
+    refuse_output(output, prompt_files)
+    lines = [prompt for file in prompt_files for _, prompt in read_prompts(file, answers=True)]
+    prompts, repeats = distinct(prompt for prompt in lines if prompt.answers)
+    if lines and not prompts:
         raise DataError(
             f"{', '.join(map(str, prompt_files))}: no line has answers; give {{id, turns, answers}}, or leave out "
             "--written and the target answers"
         )
+    prompts = of_shard(prompts, shard)
+    counts = dict.fromkeys(
+        ("conversations", "answer_tokens", "too_long", "cut_by_length", "cut_by_template", "with_marks"), 0
+    )
+    counts |= {"repeats": repeats, "without_answers": sum(not prompt.answers for prompt in lines), "checked": 0}
     if evaluation_prompts:
         evaluation = EvaluationPrompts.read(evaluation_prompts)
         counts["checked"] = evaluation.refuse(
@@ -51,10 +68,10 @@ def take_answers(
             ((prompt.id, answer) for prompt in prompts for answer in prompt.answers),
         )
     known = known_ids(output)
-    todo = (prompt for prompt in prompts if prompt.answers and prompt.id not in known)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    refuse_without_template(tokenizer, target)
     with output.open("a") as file:
-        for prompt in islice(todo, limit or None):
+        for prompt in islice((prompt for prompt in prompts if prompt.id not in known), limit or None):
             talk = read_aloud(tokenizer, prompt, questions)
             if talk.lost is not None:
                 counts[talk.lost] += 1
@@ -67,22 +84,27 @@ def take_answers(
 
 
 def read_aloud(tokenizer: Any, prompt: Prompt, questions: Questions) -> Conversation:
-    """The conversation of a prompt and its answers, in tokens."""
-    turns = prompt.turns[: min(questions.max_turns, len(prompt.answers))]
-    talk = Conversation(prompt.id, list(turns))
-    for answer in prompt.answers[: len(turns)]:
+    """The conversation of a prompt and its answers, in the template's tokens up to the mark that ends a turn."""
+    answers = prompt.answers[: questions.max_turns]
+    talk = Conversation(prompt.id, list(prompt.turns[: len(answers)]))
+    marks = {*tokenizer.all_special_ids} | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    for answer in answers:
         ids = talk.ask(tokenizer, questions.longest)
         if ids is None:
             break
-        tokens = answer_tokens(tokenizer, answer)
-        talk.hear(tokenizer, ids, tokens[: questions.max_tokens])
-        if len(tokens) > questions.max_tokens:
+        if not marks.isdisjoint(tokenizer.encode(answer, add_special_tokens=False)):
+            talk.lost = "with_marks"
+            break
+        messages = [*talk.messages, {"role": "assistant", "content": answer}]
+        whole = list(tokenizer.apply_chat_template(messages, return_dict=False))
+        if whole[: len(ids)] != ids:
+            talk.lost = "cut_by_template"
+            break
+        tokens = whole[len(ids) :]
+        end = next((place for place, token in enumerate(tokens, 1) if token in marks), len(tokens))
+        talk.turns.append({"prompt": ids[len(talk.ids) :], "answer": tokens[: min(end, questions.max_tokens)]})
+        talk.ids, talk.messages = ids + tokens[:end], messages
+        if end > questions.max_tokens:
             talk.lost = "cut_by_length"
             break
     return talk
-
-
-def answer_tokens(tokenizer: Any, answer: str) -> list[int]:
-    """Token ids of an answer as the target would write it, with the token that ends it."""
-    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return list(tokenizer.encode(answer, add_special_tokens=False)) + ends
