@@ -24,10 +24,10 @@ help:  ## this list
 setup: $(VENV)/.ready  ## the virtual environment, with vLLM's CPU build
 
 # torchvision and its likes have no CPU build on the package index: their CUDA builds break the import of transformers'
-# models, and nothing here needs them.  Python compiles what it imports, a part of all these packages.
+# models, and nothing here needs them.
 $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "torch==2.13.0" -e ".[cpu,train,models,eval,bench,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0" -e ".[cpu,train,models,eval,bench,dev]"
 	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(BIN)/python -m vllm_gumiho.engines.cpu_build
 	touch $@

@@ -233,6 +233,9 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         export(tensors, training_model, recipe, made, final)
         write_json(final / "metrics.json", metrics)
         trainer.state.save_to_json(str(final / "trainer_state.json"))
+    # Left to the end of the process, threads of a process group abort it now and then, though all is done.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     return metrics
 
 
