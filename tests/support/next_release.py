@@ -6,6 +6,7 @@ this interpreter has; all other packages are read where they lie.  This interpre
 
 from __future__ import annotations
 
+import compileall
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ def main() -> None:
     python = folder.absolute() / "bin" / "python"
     here, site = Path(sysconfig.get_path("purelib")), _purelib(python)
     version = _unpack(wheel, here / "vllm", site)
+    # As pip does: where an environment forbids Python to keep what it compiles, each process would compile it again.
+    compileall.compile_dir(site / "vllm", quiet=2, workers=0)
     # Behind FOLDER's own packages; also runs the .pth files there, which have the checkout in editable mode.
     (site / "rest.pth").write_text(f"import site; site.addsitedir({str(here)!r})\n")
     _write_scripts(Path(sys.executable).parent, python)
