@@ -234,7 +234,7 @@ PLANTS = {
 
 @functools.cache
 def set_imports_apart() -> None:
-    """Keep the collection of garbage off what is imported: each engine makes eight, which take as long as its start.
+    """Keep the collection of garbage off what is imported: each engine makes eight, which take half its time here.
 
     vLLM sets apart what there is once an engine runs, and undoes it as one ends.
     """

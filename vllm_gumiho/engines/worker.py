@@ -28,7 +28,7 @@ def start_engine(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """An engine for ``job["llm"]``, the arguments of `vllm.LLM`, and the facts of it."""
     from vllm import LLM
 
-    # An engine collects garbage eight times as it starts, each time through all that is imported, if not set apart.
+    # An engine collects garbage six times as it starts, each time through all that is imported, if not set apart.
     gc.freeze()
     llm = LLM(**job["llm"])
     return llm, engine_facts(llm)

@@ -170,7 +170,6 @@ def generate_answers(
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise EngineError(f"{target}: its engine did not start: {reason}; vLLM's log above has the cause") from error
-    refuse_without_template(llm.get_tokenizer(), target)
     talks = (Conversation(prompt.id, list(prompt.turns[: questions.max_turns])) for prompt in todo)
     with output.open("a") as file, Progress() as progress:
         task = progress.add_task("answers", total=len(todo))
@@ -270,9 +269,3 @@ def refuse_output(output: Path, prompt_files: Iterable[Path]) -> None:
     if any(file.exists() and output.exists() and file.samefile(output) for file in prompt_files):
         raise DataError(f"{output}: holds the prompts, and the answers would follow them; give another --output")
     check_writable(output)
-
-
-def refuse_without_template(tokenizer: Any, target: str) -> None:
-    """Raises: DataError for a target that has no chat template to put questions in."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(f"{target}: its tokenizer has no chat template; give a chat model")

@@ -17,7 +17,6 @@ from vllm_gumiho.training.generate import (
     known_ids,
     of_shard,
     refuse_output,
-    refuse_without_template,
 )
 
 
@@ -69,7 +68,8 @@ def take_answers(
         )
     known = known_ids(output)
     tokenizer = AutoTokenizer.from_pretrained(target)
-    refuse_without_template(tokenizer, target)
+    if not tokenizer.chat_template:
+        raise DataError(f"{target}: its tokenizer has no chat template; give a chat model")
     with output.open("a") as file:
         for prompt in islice((prompt for prompt in prompts if prompt.id not in known), limit or None):
             talk = read_aloud(tokenizer, prompt, questions)
