@@ -30,13 +30,20 @@ def samples(lengths: list[int]) -> list[Sample]:
     ]
 
 
-def test_features_are_those_of_each_sequence_alone(monkeypatch, tiny_target):
-    # Passes of two like sequences at the most, so that some are padded and some go alone.
-    monkeypatch.setattr("vllm_gumiho.training.target.PASS_TOKENS", 60)
+@pytest.mark.parametrize("alike, passes", [(0.7, 4), (0.2, 3)])
+def test_features_are_those_of_each_sequence_alone(monkeypatch, tiny_target, alike, passes):
+    # Passes of 140 tokens with their padding: of the seven sequences some are padded and some go alone.
+    monkeypatch.setattr("vllm_gumiho.training.target.PASS_TOKENS", 140)
+    monkeypatch.setattr("vllm_gumiho.training.target.ALIKE", alike)
     model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32)
     rows = PackedRows(samples([5, 30, 28, 7, 60, 20, 6]), 80)
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    found = open_target(str(tiny_target)).features(batch)
+    target, sizes = open_target(str(tiny_target)), []
+    target.model.register_forward_pre_hook(
+        lambda _, args, named: sizes.append(named["input_ids"].shape[0]), with_kwargs=True
+    )
+    found = target.features(batch)
+    assert (len(sizes), sum(sizes)) == (passes, 7)
     for row, sequences in enumerate(rows.rows):
         start = 0
         for tokens, _ in sequences:

@@ -23,8 +23,9 @@ from vllm_gumiho.training.store import FeatureStore, KeptFeatures, key_of
 from vllm_gumiho.training.target_head import head_reads, read_head
 from vllm_gumiho.training.target_model import load_target, passes_alone
 
-# Sequences of one pass are padded to the longest: the shortest has at least that share of its length.
-ALIKE = 0.7
+# Sequences of one pass are padded to the longest: the shortest has at least that share of its length.  A GPU pads more:
+# a pass of a small target is as long as its launches take, and the sequences of a step fall into many passes.
+ALIKE, _ALIKE_ON_GPU = 0.7, 0.35
 # Tokens of one pass, padding included, and of what is computed before it is stored; times that on a GPU.
 PASS_TOKENS, FILL_TOKENS, _ON_GPU = 4096, 8192, 8
 
@@ -152,11 +153,12 @@ class FrozenTarget:
     def compute_sequences(self, sequences: list[Tensor]) -> list[Tensor]:
         """Features of sequences of token ids: those of like lengths in one causal pass, padded at their ends."""
         found: list[Tensor] = [torch.empty(0)] * len(sequences)
+        alike = ALIKE if self._on_cpu else _ALIKE_ON_GPU
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         while order:
             longest = len(sequences[order[0]])
             most = 1 if self._alone else max(1, self._scaled(PASS_TOKENS) // longest)
-            group = [i for i in order[:most] if len(sequences[i]) >= ALIKE * longest]
+            group = [i for i in order[:most] if len(sequences[i]) >= alike * longest]
             order = order[len(group) :]
             # Under a causal mask nothing that follows a token reaches it, so no mask for the padding is needed.
             ids = nn.utils.rnn.pad_sequence([sequences[i] for i in group], batch_first=True)
@@ -166,7 +168,11 @@ class FrozenTarget:
         return found
 
     def _scaled(self, tokens: int) -> int:
-        return tokens if self.embed.device.type == "cpu" else _ON_GPU * tokens
+        return tokens if self._on_cpu else _ON_GPU * tokens
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.embed.device.type == "cpu"
 
     def _pass(self, ids: Tensor) -> Tensor:
         """Features ``[R, T, width]`` of token ids ``[R, T]``."""
