@@ -30,7 +30,7 @@ def samples(lengths: list[int]) -> list[Sample]:
     ]
 
 
-@pytest.mark.parametrize("alike, passes", [(0.7, 4), (0.2, 3)])
+@pytest.mark.parametrize(("alike", "passes"), [(0.7, 4), (0.2, 3)])
 def test_features_are_those_of_each_sequence_alone(monkeypatch, tiny_target, alike, passes):
     # Passes of 140 tokens with their padding: of the seven sequences some are padded and some go alone.
     monkeypatch.setattr("vllm_gumiho.training.target.PASS_TOKENS", 140)
