@@ -71,16 +71,17 @@ def test_the_033_wheel_has_all_that_is_needed():
 @each_hook
 def test_a_module_that_is_gone_is_reported(hook):
     source = in_module(hook, lambda _: None)
-    assert source.problem(hook.module, hook.name, hook.needs) == "the module is gone"
-    assert Source.installed().problem(hook.module, hook.name, hook.needs) is None
+    assert [finding.problem for finding in check(source, (hook,))] == ["the module is gone"]
+    assert [finding.problem for finding in check(Source.installed(), (hook,))] == [None]
 
 
 @needs_vllm
 @each_hook
 def test_a_name_that_is_gone_is_reported(hook):
     last = hook.name.split(".")[-1]
-    source = in_module(hook, lambda text: re.sub(rf"\b(def|class) {last}\b", rf"\1 {last}_renamed", text))
-    assert source.problem(hook.module, hook.name, hook.needs) == "it is gone"
+    before, flags = ("^()", re.MULTILINE) if hook.variable else (r"\b(def |class )", 0)
+    source = in_module(hook, lambda text: re.sub(rf"{before}{last}\b", rf"\1{last}_renamed", text, flags=flags))
+    assert [finding.problem for finding in check(source, (hook,))] == ["it is gone"]
 
 
 @needs_vllm
@@ -126,6 +127,11 @@ def test_the_version_is_that_of_the_installed_distribution():
 def test_what_the_source_says(text, name, needs, problem):
     for path in ("package/module.py", "package/module/__init__.py"):
         assert Source({path: text}.get).problem("package.module", name, needs) == problem
+
+
+@pytest.mark.parametrize(("text", "problem"), [("f = 1", None), ("f: int = 1", None), ("def f(): ...", "it is gone")])
+def test_what_the_source_says_of_variables(text, problem):
+    assert Source({"package/module.py": text}.get).problem("package.module", "f", (), variable=True) == problem
 
 
 def arguments(**given):

@@ -27,6 +27,7 @@ class Hook:
     use: str
     why: str
     needs: tuple[str, ...] = ()
+    variable: bool = False
 
 
 _V1, _V2 = "vllm.v1.spec_decode", "vllm.v1.worker.gpu.spec_decode"
@@ -241,6 +242,7 @@ SERVING: tuple[Hook, ...] = (
     Hook("vllm.v1.sample.metadata", "SamplingMetadata", "called", "types of runner V1's functions"),
     Hook("vllm.v1.spec_decode.dynamic.utils", "validate_and_normalize_dynamic_sd_schedule", "called",
          "vLLM's own rules for schedules of K"),
+    Hook("vllm.envs", "environment_variables", "registered", "those of ours that are set", variable=True),
     Hook("vllm.envs", "__getattr__", "called", "vLLM's cache folder; breakable CUDA graphs", ("name",)),
     Hook("vllm.platforms", "__getattr__", "called", "current_platform", ("name",)),
 )  # fmt: skip
@@ -270,7 +272,7 @@ class Finding:
 
 def check(source: Source, hooks: tuple[Hook, ...] = SERVING) -> list[Finding]:
     """Each hook with what is wrong with it in that vLLM source."""
-    return [Finding(hook, source.problem(hook.module, hook.name, hook.needs)) for hook in hooks]
+    return [Finding(hook, source.problem(hook.module, hook.name, hook.needs, hook.variable)) for hook in hooks]
 
 
 def mismatch_message(findings: list[Finding], version: str | None) -> str | None:

@@ -66,15 +66,18 @@ class Source:
                 self._trees[module] = ast.Module([], [])
         return self._trees[module]
 
-    def problem(self, module: str, name: str, needs: Sequence[str]) -> str | None:
+    def problem(self, module: str, name: str, needs: Sequence[str], variable: bool = False) -> str | None:
         """What is wrong with ``module.name``: it is gone, or lacks something it needs.  None if nothing is.
 
+        variable: it is a value that the module assigns, not a function or class.
         needs: of a function its parameters, of a class its bases, names assigned in its body, or attributes that its
         ``__init__`` sets.
         """
         node: Any = self.tree(module)
         if node is None:
             return "the module is gone"
+        if variable:
+            return None if name in _assigned(node) else "it is gone"
         for part in name.split("."):
             node = next((n for n in _definitions(node) if n.name == part), None)
             if node is None:
@@ -94,14 +97,22 @@ def _names_of(node: ast.AST) -> set[str]:
         return {arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs)}
     assert isinstance(node, ast.ClassDef)
     names = {ast.unparse(base).rsplit(".", 1)[-1] for base in node.bases}
+    names |= _assigned(node)
+    for statement in node.body:
+        if isinstance(statement, ast.FunctionDef):
+            names.add(statement.name)
+            names |= _attributes_set(statement) if statement.name == "__init__" else set()
+    return names
+
+
+def _assigned(node: ast.Module | ast.ClassDef) -> set[str]:
+    """Names that the body of a module or class assigns."""
+    names: set[str] = set()
     for statement in node.body:
         if isinstance(statement, ast.AnnAssign):
             names.add(ast.unparse(statement.target))
         elif isinstance(statement, ast.Assign):
             names |= {ast.unparse(target) for target in statement.targets}
-        elif isinstance(statement, ast.FunctionDef):
-            names.add(statement.name)
-            names |= _attributes_set(statement) if statement.name == "__init__" else set()
     return names
 
 
