@@ -57,8 +57,8 @@ def _safely(action: Callable[[Any], None], module: Any) -> None:
 def _register_variables(envs: Any) -> None:
     """Make those of our environment variables that are set known to vLLM.
 
-    It warns of others that begin like its own, or refuses them (``--fail-on-environ-validation``).  Known ones enter the
-    key of compiled graphs: one that decides nothing there without its value, and one that is not set not at all.
+    It warns of others that begin like its own, or refuses them (``--fail-on-environ-validation``).  Known ones enter
+    the key of compiled graphs: one that decides nothing there without its value, and one that is not set not at all.
     """
     for variable in OURS:
         if variable.get() is not None:
