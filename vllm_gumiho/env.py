@@ -46,8 +46,6 @@ SCHEDULE = Variable(
     "A schedule record as JSON, before the stored ones; set for its children by a process that cannot store one.",
 )
 OURS = (CHECKPOINTS, DRAFT_WEIGHTS, KERNELS, SPLIT_HEADS, SCHEDULE)
-# Those that another compiled graph may come from.
-IN_GRAPHS = (DRAFT_WEIGHTS, KERNELS, SPLIT_HEADS)
 
 CACHE_ROOT = Variable(
     "VLLM_CACHE_ROOT", "Its folder `gumiho` has schedules, drafts' configs and vLLMs found fit.", "`~/.cache/vllm`"

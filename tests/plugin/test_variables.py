@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 
-from vllm_gumiho.env import IN_GRAPHS, KERNELS, OURS, SCHEDULE
+from vllm_gumiho.env import KERNELS, OURS, SCHEDULE
 
 LOAD = """
-import json, logging, os
+import json, os, sys
 from vllm.plugins import load_general_plugins
 load_general_plugins()
-from vllm import envs
+from vllm import EngineArgs, envs
+if late := json.loads(sys.argv[1]):
+    os.environ |= late
+    EngineArgs(model=".")
 from vllm.platforms import current_platform
 current_platform.validate_environ(hard_fail=True)
 factors = envs.compile_factors()
@@ -19,11 +22,12 @@ print(json.dumps({name: factors[name] for name in factors if "GUMIHO" in name}))
 """
 
 
-def loaded(tmp_path, **variables):
-    """What vLLM's compile cache is told of our variables, in a process that has these; the process's outcome too."""
+def loaded(tmp_path, late=None, **variables):
+    """What vLLM's compile cache is told of our variables, in a process that has these, some of them set late: after
+    vLLM was imported and before the engine's arguments.  The process's outcome too."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     done = subprocess.run(
-        [sys.executable, "-c", LOAD],
+        [sys.executable, "-c", LOAD, json.dumps(late)],
         env=kept | {"VLLM_CACHE_ROOT": str(tmp_path), **variables},
         capture_output=True,
         text=True,
@@ -32,9 +36,10 @@ def loaded(tmp_path, **variables):
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None, done
 
 
-def test_set_variables_are_known_and_those_of_graphs_are_in_their_key(tmp_path):
-    factors, done = loaded(tmp_path, **{variable.name: "0" for variable in OURS})
-    assert factors == {variable.name: "0" if variable in IN_GRAPHS else None for variable in OURS}, done.stderr
+def test_set_variables_are_known_and_that_of_graphs_is_in_their_key(tmp_path):
+    late = {SCHEDULE.name: "{}"}
+    factors, done = loaded(tmp_path, late, **{variable.name: "0" for variable in OURS if variable != SCHEDULE})
+    assert factors == {variable.name: "0" if variable == KERNELS else None for variable in OURS}, done.stderr
     assert "Unknown vLLM environment variable" not in done.stderr
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
 
 from vllm_gumiho.drafters.speculators_config import check_verifier
 from vllm_gumiho.errors import HookError
+from vllm_gumiho.plugin.variables import register_variables
 
 ONE_GROUP = (
     "%s: draft layers would fall into several KV cache groups beside the layers of target %s; its windows save no KV "
@@ -115,6 +117,8 @@ def _take_speculative_model(original: Callable[..., None]) -> Callable[..., None
                 raise ValueError("speculative_model= and spec_model= say the same; give one of them")
             kwargs["spec_model"] = speculative_model
         original(self, *args, **kwargs)
+        # Some may have been set since vLLM was imported.
+        register_variables(importlib.import_module("vllm.envs"))
         check_verifier(str(getattr(self, "model", "")))
 
     return initialise

@@ -10,9 +10,9 @@ from typing import Any
 
 from vllm_gumiho.drafters import DRAFTERS, drafter_of, lacking_in_v2
 from vllm_gumiho.engines.facts import vllm_version
-from vllm_gumiho.env import IN_GRAPHS, OURS
 from vllm_gumiho.plugin.arguments import patch_arguments
 from vllm_gumiho.plugin.import_watch import when_imported
+from vllm_gumiho.plugin.variables import register_variables
 from vllm_gumiho.plugin.verdict import refusal_of
 from vllm_gumiho.plugin.vllm_source import Source
 
@@ -32,7 +32,7 @@ def install() -> None:
         module, name = place.split(":")
         when_imported(module, functools.partial(_unless_refused, functools.partial(_choose_runner, name, place)))
     for module, action in (
-        ("vllm.envs", _register_variables),
+        ("vllm.envs", register_variables),
         ("vllm.config.vllm", _prefer_v1),
         ("vllm.model_executor.models.registry", _register_models),
         ("vllm.transformers_utils.configs.speculators.algos", _register_speculators),
@@ -52,17 +52,6 @@ def _safely(action: Callable[[Any], None], module: Any) -> None:
         action(module)
     except Exception:
         logger.exception("vllm-gumiho could not prepare %s; vLLM goes on without Gumiho", module.__name__)
-
-
-def _register_variables(envs: Any) -> None:
-    """Make those of our environment variables that are set known to vLLM.
-
-    It warns of others that begin like its own, or refuses them (``--fail-on-environ-validation``).  Known ones enter
-    the key of compiled graphs: one that decides nothing there without its value, and one that is not set not at all.
-    """
-    for variable in OURS:
-        if variable.get() is not None:
-            envs.environment_variables[variable.name] = variable.get if variable in IN_GRAPHS else lambda: None
 
 
 def _register_models(registry: Any) -> None:

@@ -37,7 +37,7 @@ def _mark(source: Source, version: str | None, hooks: tuple[Hook, ...]) -> Path 
     stamps = source.stamps(sorted({hook.module for hook in hooks}))
     if version is None or stamps is None:
         return None
-    wanted = sorted([hook.module, hook.name, list(hook.needs)] for hook in hooks)
+    wanted = sorted([hook.module, hook.name, list(hook.needs), hook.variable] for hook in hooks)
     # Whatever goes wrong here, a vLLM without the place to ask among it: the hooks decide, and are read.
     with contextlib.suppress(Exception):
         return cache_folder() / "hooks" / digest_of([version, wanted, stamps, sha256_of(Path(vllm_source.__file__))])

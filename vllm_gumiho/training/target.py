@@ -23,9 +23,9 @@ from vllm_gumiho.training.store import FeatureStore, KeptFeatures, key_of
 from vllm_gumiho.training.target_head import head_reads, read_head
 from vllm_gumiho.training.target_model import load_target, passes_alone
 
-# Sequences of one pass are padded to the longest: the shortest has at least that share of its length.  A GPU pads more:
-# a pass of a small target is as long as its launches take, and the sequences of a step fall into many passes.
-ALIKE, _ALIKE_ON_GPU = 0.7, 0.35
+# Sequences of one pass are padded to the longest: the shortest has at least that share of its length.  A GPU pads more
+# for a target of few parameters: its passes are as long as their launches take, and a step's sequences are many passes.
+ALIKE, _ALIKE_ON_GPU, _FEW = 0.7, 0.35, 1_000_000_000
 # Tokens of one pass, padding included, and of what is computed before it is stored; times that on a GPU.
 PASS_TOKENS, FILL_TOKENS, _ON_GPU = 4096, 8192, 8
 
@@ -153,7 +153,7 @@ class FrozenTarget:
     def compute_sequences(self, sequences: list[Tensor]) -> list[Tensor]:
         """Features of sequences of token ids: those of like lengths in one causal pass, padded at their ends."""
         found: list[Tensor] = [torch.empty(0)] * len(sequences)
-        alike = ALIKE if self._on_cpu else _ALIKE_ON_GPU
+        alike = ALIKE if self._on_cpu or self.model.num_parameters() > _FEW else _ALIKE_ON_GPU
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         while order:
             longest = len(sequences[order[0]])
