@@ -27,7 +27,8 @@ OFF, ON = "speculation off", "Gumiho"
 # An engine that had its turn looks for work for a second more before it leaves the cores.
 REST_S = 1.2
 SLICE_S = 0.2
-# K by requests at once for the bundled head on a CPU: the schedule that `tune` measured (docs/results/auto.md).
+# K by requests at once for the bundled head on a CPU, as `tune` measured it for the head before: today's is within the
+# differences of its rounds (docs/results/auto.md).
 CPU_SCHEDULE = [[1, 1, 4], [2, 3, 2], [4, 7, 1], [8, 8, 0]]
 
 
