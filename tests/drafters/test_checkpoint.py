@@ -10,9 +10,11 @@ from layouts import LAYER, hub_cache, old_pickle, sharded
 from safetensors.torch import load_file, save_file
 from tiny import HIDDEN, VOCAB, drafter_tensors, target_config, write_released
 
+from vllm_gumiho.checkpoint.tensors import EMBEDDING
 from vllm_gumiho.drafters import DEFAULT
 from vllm_gumiho.drafters.checkpoints import drafter_in, open_checkpoint, save_speculators
 from vllm_gumiho.files import write_json
+from vllm_gumiho.kernels.eight_bit import quantise_rows
 
 
 def speculators(folder: Path, tensors: dict) -> Path:
@@ -116,7 +118,7 @@ def test_the_speculators_config_says_what_the_tensors_say(tmp_path):
 @pytest.mark.parametrize("shards", ["one file", "bin", "two safetensors"])
 def test_int8_is_widened_to_within_half_a_scale(tmp_path, shards):
     tensors = drafter_tensors()
-    tensors["fc.weight"][3] = 0
+    tensors["layers.0.mlp.up_proj.weight"][3] = 0
     written = save_speculators(tmp_path / "int8", tensors, "org/target", LAYER, int8=True)
     stored = dict(written.tensors(keep=torch.int8))
     if shards == "bin":
@@ -129,7 +131,7 @@ def test_int8_is_widened_to_within_half_a_scale(tmp_path, shards):
         written = open_checkpoint(tmp_path / "int8")
     widened = dict(written.tensors())
     assert widened.keys() == tensors.keys()
-    matrices = [name for name, tensor in tensors.items() if tensor.ndim == 2]
+    matrices = [name for name, tensor in tensors.items() if tensor.ndim == 2 and name != "fc.weight"]
     assert matrices
     for name in matrices:
         scale = stored[f"{name}_scale"]
@@ -140,6 +142,29 @@ def test_int8_is_widened_to_within_half_a_scale(tmp_path, shards):
         assert torch.all(stored[name].int().abs().amax(dim=1)[rows] == 127), name
     for name in tensors.keys() - set(matrices):
         assert torch.equal(widened[name], tensors[name].to(torch.bfloat16)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_fc_is_wide_beside_8_bit_rows(tmp_path, dtype):
+    """In rows of any checkpoint, one in floats and one that has it in 8 bits: as near as that is."""
+    tensors = drafter_tensors()
+    floats = open_checkpoint(write_released(tmp_path / "floats", tensors))
+    coded = {name: tensor for name, tensor in tensors.items() if name != EMBEDDING}
+    for name in [name for name, tensor in coded.items() if tensor.ndim == 2]:
+        coded[name], coded[name + "_scale"] = quantise_rows(coded[name], dtype)
+    codes = open_checkpoint(write_released(tmp_path / "codes", coded, suffix="safetensors"))
+    for opened, wanted in (
+        (floats, tensors["fc.weight"]),
+        (codes, coded["fc.weight"].float() * coded["fc.weight_scale"][:, None]),
+    ):
+        rows = dict(opened.rows(dtype))
+        assert torch.equal(rows["fc.weight"], wanted)
+        assert "fc.weight_scale" not in rows
+        assert {tensor.dtype for name, tensor in rows.items() if tensor.ndim == 2 and not name.endswith("_scale")} == {
+            torch.float32,
+            dtype,
+        }
+        assert rows["layers.0.mlp.up_proj.weight"].dtype == dtype
 
 
 def test_int8_weights_are_a_quarter_of_float32(tmp_path):

@@ -82,7 +82,8 @@ def rounded_parts(llm: Any, weights: DraftWeights) -> frozenset[str]:
         )
     model = (getattr(runner, "drafter", None) or runner.speculator).model
     found = {
-        "linear": type(getattr(model.model.fc, "scheme", None)).__name__ == "PartsScheme",
+        "linear": type(getattr(model.model.layers[0].mlp.down_proj, "scheme", None)).__name__
+        == "CompressedTensorsW8A8Int8",
         "heads": bool(model.heads._products),
         "lm_head": model.head_matrix is not None and model.head_matrix.packed,
     }

@@ -36,7 +36,7 @@ from vllm_gumiho.checkpoint.integrity import (
     check_place,
     checksums,
 )
-from vllm_gumiho.checkpoint.tensors import D2T, EMBEDDING, SCALE, quantise, target_ids
+from vllm_gumiho.checkpoint.tensors import D2T, EMBEDDING, SCALE, WIDE, quantise, target_ids
 from vllm_gumiho.drafters import DEFAULT, DRAFTERS, Drafter, Sizes
 from vllm_gumiho.drafters.speculators_config import TYPE_KEY, check_config, speculators_config
 from vllm_gumiho.errors import CheckpointError
@@ -83,20 +83,22 @@ class Checkpoint:
     def rows(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """As `tensors`, but matrices as 8-bit rows of ``dtype``, each with ``<name>_scale`` ``[N, 1]`` float32.
 
-        Rows that the checkpoint has in this dtype are taken as they are.
+        Rows that the checkpoint has in this dtype are taken as they are, but for those of `WIDE`, which are widened.
         """
-        for name, tensor in self.tensors(keep=dtype):
+        for name, tensor in self.tensors(keep=dtype, widened=WIDE):
             if name.endswith(SCALE):
                 yield name, tensor.float()[:, None]
-            elif tensor.dtype == dtype or tensor.ndim != 2:
+            elif tensor.dtype == dtype or tensor.ndim != 2 or name in WIDE:
                 yield name, tensor
             else:
                 codes, scale = quantise_rows(tensor, dtype)
                 yield name, codes
                 yield name + SCALE, scale[:, None]
 
-    def tensors(self, keep: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, keep: torch.dtype | None = None, widened: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """Yield ``(name, tensor)`` one at a time, 8-bit weights widened to float32 but for those of dtype ``keep``.
+
+        widened: names that are widened all the same.
 
         The target's embedding, which released checkpoints carry a copy of, is left out.
 
@@ -105,9 +107,11 @@ class Checkpoint:
         for file in sorted({info.file for info in self.infos.values()}):
             names = [name for name, info in self.infos.items() if info.file == file and name != EMBEDDING]
             for name, tensor in read_tensors(file, names):
-                if name.endswith(SCALE) and self.infos[name.removesuffix(SCALE)].dtype != keep:
+                matrix = name.removesuffix(SCALE)
+                kept = None if matrix in widened else keep
+                if name != matrix and self.infos[matrix].dtype != kept:
                     continue
-                if is_eight_bit(tensor.dtype) and tensor.dtype != keep:
+                if is_eight_bit(tensor.dtype) and tensor.dtype != kept:
                     scale_info = self.infos[name + SCALE]
                     ((_, scale),) = read_tensors(scale_info.file, [name + SCALE])
                     tensor = tensor.float() * scale.float()[:, None]

@@ -4,7 +4,7 @@ Whatever multiplies, a layer is loaded the same way: ``weight`` of codes and ``w
 among tensor-parallel ranks by vLLM's own weight loaders.  What multiplies is vLLM's own where it has a kernel:
 
     NVIDIA   fp8, int8   activations stay wide (Marlin, Machete, Humming)
-    CPU      int8        activations rounded to int8 a row, or each of a layer's ``input_parts`` a row (oneDNN)
+    CPU      int8        activations rounded to int8 a row (oneDNN)
     else                 `rows_linear`: our kernel, or weights that are widened at each call
 """
 
@@ -153,32 +153,6 @@ class PackedScheme(RowsScheme):
         return self.chosen.apply_weights(layer, x, bias)
 
 
-class PartsScheme:
-    """vLLM's int8 kernel for the CPU, once for each of the equal parts that a layer's input is made of.
-
-    The kernel rounds a row of activations in steps of its largest one.  A feature's largest is some forty times an
-    embedding's (SmolLM2-135M): in one row, a step would be more than the embedding's root mean square.
-    """
-
-    def __init__(self, parts: int):
-        self.parts = parts
-        self.packed: list[tuple[Any, nn.Module]] = []
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        scale = layer.weight_scale.data[:, 0]
-        for codes in layer.weight.data.chunk(self.parts, dim=1):
-            self.packed.append(packed_for_cpu(EightBitRows(codes.contiguous(), scale), layer.params_dtype))
-        del layer.weight, layer.weight_scale
-
-    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        inputs = x.chunk(self.parts, dim=-1)
-        y = sum(
-            kernel.apply_weights(holder, one.contiguous())
-            for (kernel, holder), one in zip(self.packed, inputs, strict=True)
-        )
-        return y if bias is None else y + bias
-
-
 def pack_int8(codes: Tensor) -> Tensor:
     """``[N, K]`` int8 -> ``[N, K / 4]`` int32 of four codes, 128 more each, the first in the low byte."""
     return (codes.view(torch.uint8) ^ 128).contiguous().view(torch.int32)
@@ -238,9 +212,6 @@ class EightBitLinearMethod(LinearMethodBase):
         raise ValueError("; ".join(failed))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        parts = getattr(layer, "input_parts", 1)
-        if parts > 1 and isinstance(layer.scheme, CompressedTensorsW8A8Int8):
-            layer.scheme = PartsScheme(parts)
         layer.scheme.process_weights_after_loading(layer)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

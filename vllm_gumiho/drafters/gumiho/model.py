@@ -32,9 +32,15 @@ from vllm_gumiho.kernels.parallel_heads import HeadsPath
 
 
 def layer_quant_config(vllm_config: VllmConfig) -> QuantizationConfig | None:
-    """Of ``fc`` and the layers: 8-bit rows where ``draft_weights`` says so, else what vLLM has for the draft."""
+    """Of the layers: 8-bit rows where ``draft_weights`` says so, else what vLLM has for the draft."""
     dtype = DraftWeights.of(vllm_config.speculative_config.draft_model_config.hf_config).dtype
     return get_draft_quant_config(vllm_config) if dtype is None else EightBitConfig(dtype)
+
+
+def fc_quant_config(vllm_config: VllmConfig) -> QuantizationConfig | None:
+    """Of ``fc``, which is wide beside 8-bit rows (`vllm_gumiho.checkpoint.tensors.WIDE`)."""
+    config = layer_quant_config(vllm_config)
+    return None if isinstance(config, EightBitConfig) else config
 
 
 class Layer(LlamaDecoderLayer):
@@ -79,12 +85,10 @@ class GumihoModel(nn.Module):
             config.hidden_size,
             bias=config.fc_bias,
             params_dtype=vllm_config.model_config.dtype,
-            quant_config=layer_quant_config(vllm_config),
+            quant_config=fc_quant_config(vllm_config),
             prefix=maybe_prefix(prefix, "fc"),
             return_bias=False,
         )
-        # An embedding and a feature: where inputs are rounded, each by its own size.
-        self.fc.input_parts = 2
 
     def fuse(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
         """``o = fc(cat[E[x], h])``: ids ``[N]``, features ``[N, H]`` -> ``[N, H]``."""

@@ -17,8 +17,8 @@ from torch import Tensor
 class ReferenceDrafter:
     """weights: tensors under their checkpoint names; embed, lm_head: the target's, ``[V, H]``.
 
-    rounded: parts whose products round their inputs to int8 by rows, as vLLM's CPU build does: of ``linear`` (``fc``,
-    whose embedding and feature are a row each, and the layers), ``heads`` and ``lm_head``.
+    rounded: parts whose products round their inputs to int8 by rows, as vLLM's CPU build does: of ``linear`` (the
+    layers), ``heads`` and ``lm_head``.
     """
 
     weights: dict[str, Tensor]
@@ -35,10 +35,8 @@ class ReferenceDrafter:
         """``x [..., K]`` times a matrix ``[N, K]``, of the weights by its name or ``lm_head``."""
         matrix = self.lm_head if name == "lm_head" else self.weights[name]
         part = name if name == "lm_head" else "heads" if name.startswith("mlp.") else "linear"
-        if part not in self.rounded:
+        if part not in self.rounded or name == "fc.weight":
             return x @ matrix.T
-        if name == "fc.weight":
-            return int8_rows(x.unflatten(-1, (2, -1))).flatten(-2) @ matrix.T
         return int8_rows(x) @ matrix.T
 
     def first_features(self, states: Tensor) -> Tensor:
