@@ -21,7 +21,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 WIDE = frozenset({"fc.weight"})
 """Matrices that are not rounded to 8 bits: ``fc`` reads an embedding and a feature of another size, and under one scale
-a row the bundled head's lost 9 % of its accepted tokens (docs/results/draft-weights.md)."""
+a row the bundled head's lost 14 % of its accepted tokens (docs/results/draft-weights.md)."""
 
 Shape = tuple[int | None, ...]
 
