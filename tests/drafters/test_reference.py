@@ -52,6 +52,7 @@ def recorded(tmp_path_factory, embedded_target):
     embed = load_file(embedded_target / "model.safetensors")["model.embed_tokens.weight"].float()
     weights = dict(open_checkpoint(checkpoint).tensors())
     d2t = weights.pop(D2T, torch.zeros(len(embed), dtype=torch.long))
+    weights = {name: tensor.float() for name, tensor in weights.items()}
     allowed = torch.zeros(len(embed), dtype=torch.bool)
     allowed[torch.arange(len(d2t)) + d2t] = True
     reference = SomeDrafted(
