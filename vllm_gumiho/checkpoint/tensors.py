@@ -19,7 +19,7 @@ EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 """Types of matrices that have a scale a row."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-WIDE = frozenset({"fc.weight"})
+UNROUNDED = frozenset({"fc.weight"})
 """Matrices that are not rounded to 8 bits: ``fc`` reads an embedding and a feature of another size, and under one scale
 a row the bundled head's lost 14 % of its accepted tokens (docs/results/draft-weights.md)."""
 
@@ -82,9 +82,9 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def quantise(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A matrix as int8 with one scale a row, under its name and that of the scale; what is `WIDE`, and other floats, as
-    bfloat16."""
-    if tensor.ndim != 2 or name in WIDE:
+    """A matrix as int8 with one scale a row, under its name and that of the scale; other floats and `UNROUNDED`
+    as bfloat16."""
+    if tensor.ndim != 2 or name in UNROUNDED:
         yield name, tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
         return
     scale = tensor.float().abs().amax(dim=1).clamp_min(1e-12) / 127

@@ -36,7 +36,7 @@ from vllm_gumiho.checkpoint.integrity import (
     check_place,
     checksums,
 )
-from vllm_gumiho.checkpoint.tensors import D2T, EMBEDDING, SCALE, WIDE, quantise, target_ids
+from vllm_gumiho.checkpoint.tensors import D2T, EMBEDDING, SCALE, UNROUNDED, quantise, target_ids
 from vllm_gumiho.drafters import DEFAULT, DRAFTERS, Drafter, Sizes
 from vllm_gumiho.drafters.speculators_config import TYPE_KEY, check_config, speculators_config
 from vllm_gumiho.errors import CheckpointError
@@ -83,12 +83,12 @@ class Checkpoint:
     def rows(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """As `tensors`, but matrices as 8-bit rows of ``dtype``, each with ``<name>_scale`` ``[N, 1]`` float32.
 
-        Rows that the checkpoint has in this dtype are taken as they are, but for those of `WIDE`, which are widened.
+        Rows that the checkpoint has in this dtype are taken as they are, those of `UNROUNDED` are widened.
         """
-        for name, tensor in self.tensors(keep=dtype, widened=WIDE):
+        for name, tensor in self.tensors(keep=dtype, widened=UNROUNDED):
             if name.endswith(SCALE):
                 yield name, tensor.float()[:, None]
-            elif tensor.dtype == dtype or tensor.ndim != 2 or name in WIDE:
+            elif tensor.dtype == dtype or tensor.ndim != 2 or name in UNROUNDED:
                 yield name, tensor
             else:
                 codes, scale = quantise_rows(tensor, dtype)

@@ -32,13 +32,13 @@ from vllm_gumiho.kernels.parallel_heads import HeadsPath
 
 
 def layer_quant_config(vllm_config: VllmConfig) -> QuantizationConfig | None:
-    """Of the layers: 8-bit rows where ``draft_weights`` says so, else what vLLM has for the draft."""
+    """Of the layers, and of what makes a feature of several: 8-bit rows by ``draft_weights``, else vLLM's own."""
     dtype = DraftWeights.of(vllm_config.speculative_config.draft_model_config.hf_config).dtype
     return get_draft_quant_config(vllm_config) if dtype is None else EightBitConfig(dtype)
 
 
 def fc_quant_config(vllm_config: VllmConfig) -> QuantizationConfig | None:
-    """Of ``fc``, which is wide beside 8-bit rows (`vllm_gumiho.checkpoint.tensors.WIDE`)."""
+    """Of ``fc``, which is wide beside 8-bit rows (`vllm_gumiho.checkpoint.tensors.UNROUNDED`)."""
     config = layer_quant_config(vllm_config)
     return None if isinstance(config, EightBitConfig) else config
 

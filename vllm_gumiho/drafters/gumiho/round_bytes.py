@@ -7,7 +7,7 @@ activations, some percent at small batches, are left out.  ``fc`` is wide whatev
 
 from __future__ import annotations
 
-from vllm_gumiho.checkpoint.tensors import WIDE
+from vllm_gumiho.checkpoint.tensors import UNROUNDED
 from vllm_gumiho.drafters.gumiho.layout import COMBINE, GumihoSizes, tensor_shapes
 from vllm_gumiho.drafters.protocol import RoundBytes
 
@@ -24,7 +24,7 @@ def round_bytes(sizes: GumihoSizes, vocab_size: int, weights: str) -> RoundBytes
 
     parts = {"fc": 0, "layers": 0, "mlp": 0, COMBINE: 0, "state_norms": 0}
     for name, shape in tensor_shapes(sizes).items():
-        parts[name.split(".")[0]] += matrix(shape, name in WIDE) if len(shape) == 2 else 2 * (shape[0] or 0)
+        parts[name.split(".")[0]] += matrix(shape, name in UNROUNDED) if len(shape) == 2 else 2 * (shape[0] or 0)
     lm_head = matrix((vocab_size, sizes.hidden_size))
     serial = parts["fc"] + parts["layers"] + lm_head
     heads = parts["fc"] + parts["mlp"] + lm_head
