@@ -141,21 +141,24 @@ def int8_tensors(folder: Path) -> dict:
     return dict(save_speculators(folder, drafter_tensors(), "t", LAYER, int8=True).tensors(keep=torch.int8))
 
 
+ROUNDED = "layers.0.mlp.down_proj.weight"
+
+
 @pytest.mark.parametrize(
     ("scale", "said"),
     [
-        (None, "needs a floating-point fc.weight_scale"),
-        (torch.ones(HIDDEN + 1), "needs a floating-point fc.weight_scale"),
-        (torch.ones(HIDDEN, 1), "needs a floating-point fc.weight_scale"),
-        (torch.ones(HIDDEN, dtype=torch.int8), "needs a floating-point fc.weight_scale"),
-        (torch.full((HIDDEN,), float("nan")), "fc.weight holds NaN"),
+        (None, f"needs a floating-point {ROUNDED}_scale"),
+        (torch.ones(HIDDEN + 1), f"needs a floating-point {ROUNDED}_scale"),
+        (torch.ones(HIDDEN, 1), f"needs a floating-point {ROUNDED}_scale"),
+        (torch.ones(HIDDEN, dtype=torch.int8), f"needs a floating-point {ROUNDED}_scale"),
+        (torch.full((HIDDEN,), float("nan")), f"{ROUNDED} holds NaN"),
     ],
 )
 def test_int8_with_a_wrong_scale_is_named(tmp_path, scale, said):
     tensors = int8_tensors(tmp_path / "int8")
-    del tensors["fc.weight_scale"]
+    del tensors[f"{ROUNDED}_scale"]
     if scale is not None:
-        tensors["fc.weight_scale"] = scale
+        tensors[f"{ROUNDED}_scale"] = scale
     assert said in refusal(write_released(tmp_path / "broken", tensors, suffix="safetensors"))
 
 
