@@ -280,7 +280,7 @@ def check(
     reference = _equations(target, checkpoint, weights, rounded)
     model = None if engines_features else plain_target(target)
     wrong = list(record.wrong)
-    compared = 0
+    compared, unlike, chance = 0, 0, 0.0
     by_request: dict[str, list[Draft]] = {}
     for _, draft in record.finished():
         by_request.setdefault(draft.request, []).append(draft)
@@ -299,34 +299,49 @@ def check(
             logits = reference.logits(tokens, features, lengths, drafted)
             moved = [None] * len(some)
             if rounded and exact:
-                moved = list(moved_by_rounding(reference, tokens, features, lengths, drafted, logits))
+                near = perturbed(reference, tokens, features, lengths, drafted)
+                moved = list(2 * torch.stack([spread(other - logits) for other in near]).amax(0))
+                drawn = torch.tensor([draft.spread is not None and draft.temperature > 0 for draft in some])
+                counted = ~drawn[:, None] & (lengths[:, None] + torch.arange(width) < longest)
+                likeliest = logits.argmax(-1)
+                unlike += int(((likeliest != drafted) & counted).sum())
+                chance += sum(int(((likeliest != other.argmax(-1)) & counted).sum()) for other in near) / len(near)
             for draft, found, off in zip(some, logits, moved, strict=True):
                 reached = max(0, min(width, longest - draft.length))
                 compared += reached
                 wrong += differences(draft, found[:reached], exact, bool(rounded), off) if reached else []
+    # Several times what chance moves: a token that is rounded another way moves those of many drafts.
+    if unlike > 1.3 * chance + 4 * chance**0.5 + 3:
+        wrong.insert(0, f"{unlike} of {compared} draft tokens are not the likeliest, where rounding moves {chance:.0f}")
     return {"compared": compared, "requests": len(by_request), "wrong": wrong[:20], "dropped": record.dropped}
 
 
-def moved_by_rounding(
-    reference: ManyDrafts, tokens: Tensor, features: Tensor, lengths: Tensor, drafted: Tensor, logits: Tensor
-) -> Tensor:
-    """By how much two of the logits come apart, ``[D, K]``, where features differ by what float32 sums differ by.
+def perturbed(
+    reference: ManyDrafts, tokens: Tensor, features: Tensor, lengths: Tensor, drafted: Tensor
+) -> list[Tensor]:
+    """Three draws of the logits ``[D, K, V]`` where features differ by what float32 sums differ by.
 
     An input near the middle of two int8 steps is rounded to either, 127ths of its row's largest apart, and moves what
-    the next products round.  Three draws: what one leaves alone, another moves.
+    the next products round, in the drafts of all later tokens too.
     """
-    draw, moved = torch.Generator().manual_seed(0), torch.zeros(logits.shape[:-1])
-    for _ in range(3):
-        near = features * (1 + 1e-6 * torch.randn(features.shape, generator=draw))
-        apart = (reference.logits(tokens, near, lengths, drafted) - logits).nan_to_num(0.0)  # of tokens never drafted
-        moved = moved.maximum(apart.amax(-1) - apart.amin(-1))
-    return moved
+    draw = torch.Generator().manual_seed(0)
+    noise = [1 + 1e-5 * torch.randn(features.shape, generator=draw) for _ in range(3)]
+    return [reference.logits(tokens, features * one, lengths, drafted) for one in noise]
+
+
+def spread(moves: Tensor) -> Tensor:
+    """By how much two of the logits come apart, ``[..., V]`` -> ``[...]``; tokens that are never drafted give NaN."""
+    moves = moves.nan_to_num(0.0)
+    return moves.amax(-1) - moves.amin(-1)
 
 
 def differences(
     draft: Draft, logits: Tensor, exact: bool, rounded: bool = False, moved: Tensor | None = None
 ) -> list[str]:
-    """What is wrong with a draft by the reference's logits ``[K, V]``; moved: see `moved_by_rounding`."""
+    """What is wrong with a draft by the reference's logits ``[K, V]``.
+
+    moved ``[K]``: by how much rounding may move two of the logits apart.
+    """
     where = f"request {draft.request}, after {draft.length} tokens"
     wrong = [] if draft.confidence is None else unlike_confidences(where, draft, logits)
     if draft.spread is not None and draft.temperature > 0:
