@@ -6,8 +6,11 @@ import pytest
 import tiny
 import tiny_moa
 import torch
-from draft_check import Draft, Record, check, plain_target, reference_of
+from draft_check import Draft, Record, check
+from many_gumiho import plain_target, reference_of
 from many_moa import moa_reference_of
+
+from vllm_gumiho.drafters.draft_weights import DraftWeights
 
 LENGTHS = (4, 9, 21)
 
@@ -76,6 +79,64 @@ def test_wrong_confidences_are_found(models, drafted):
     tokens = [tokens for tokens, _ in drafted[3]]
     confidence = torch.full((7,), 0.5), 0.5, torch.zeros(7)
     assert "confidence 0" in checked(models, drafted, tokens, confidence=confidence)["wrong"][0]
+
+
+ROUNDED = {"weights": DraftWeights("int8", "int8"), "rounded": frozenset({"linear", "heads", "lm_head"})}
+
+
+@pytest.fixture(scope="module")
+def rounded(models, drafted):
+    """Drafts of int8 products after most tokens of the text, and their logits: ``[D]``, ``[D, 7]``, ``[D, 7, V]``."""
+    _, text, features, _ = drafted
+    reference, lengths = reference_of(*models, **ROUNDED), torch.arange(2, 30)
+    # Features as another order of float32's sums would make them.
+    features = features * (1 + 1e-6 * torch.randn(features.shape, generator=torch.Generator().manual_seed(9)))
+    with torch.no_grad():
+        tokens = [reference.draft(text[:length], features[: length - 1])[0] for length in lengths]
+        logits = reference.logits(text, features[:-1], lengths, torch.tensor(tokens))
+    return lengths, torch.tensor(tokens), logits
+
+
+def checked_rounded(models, drafted, lengths, tokens, spreads=None) -> dict:
+    """spreads ``[D, 7, V]``: what the tokens were drawn from, at a temperature of 1."""
+    more = [{} if spreads is None else {"spread": spreads[i], "temperature": 1.0} for i in range(len(lengths))]
+    drafts = [Draft("a", n, each, **m) for n, each, m in zip(lengths.tolist(), tokens.tolist(), more, strict=True)]
+    record = Record(drafts=drafts, texts={"a": drafted[1].tolist()})
+    return check(record, *models, longest=99, exact=True, engines_features=False, **ROUNDED)
+
+
+def test_rounded_drafts_are_found_right(models, drafted, rounded):
+    lengths, tokens, _ = rounded
+    found = checked_rounded(models, drafted, lengths, tokens)
+    assert found["wrong"] == []
+    assert found["compared"] == tokens.numel()
+
+
+def test_more_rounded_tokens_than_chance_moves_are_found(models, drafted, rounded):
+    """Each nearly as likely as the likeliest one, so that none is wrong by itself."""
+    lengths, tokens, logits = rounded
+    first, second = logits.topk(2, dim=-1).values.unbind(-1)
+    close = (first - second).flatten().argsort()[:40]
+    tokens = tokens.clone()
+    tokens.view(-1)[close] = logits.topk(2, dim=-1).indices[..., 1].flatten()[close]
+    (one, *_) = checked_rounded(models, drafted, lengths, tokens)["wrong"]
+    assert "tokens are not the likeliest; rounding moves" in one
+
+
+def test_one_wrong_rounded_token_is_found(models, drafted, rounded):
+    lengths, tokens, logits = rounded
+    tokens = tokens.clone()
+    tokens[9, 4] = logits[9, 4].argmin()
+    (one,) = checked_rounded(models, drafted, lengths, tokens)["wrong"]
+    assert f"after {lengths[9]} tokens: draft token 4 is" in one
+
+
+def test_drawn_rounded_tokens_need_not_be_the_likeliest(models, drafted, rounded):
+    lengths, _, logits = rounded
+    spreads = logits.softmax(-1)
+    drawn = torch.multinomial(spreads[:, 0], 1)  # serial tokens but the first are of what was drafted before
+    assert (drawn[:, 0] != logits[:, 0].argmax(-1)).sum() > 10
+    assert checked_rounded(models, drafted, lengths, drawn, spreads[:, :1])["wrong"] == []
 
 
 @pytest.mark.parametrize("layers", [tiny_moa.LAYERS, ()])

@@ -11,8 +11,8 @@ from pathlib import Path
 import predictable
 import pytest
 import torch
-from draft_check import plain_target, reference_of
 from engines import environment
+from many_gumiho import plain_target, reference_of
 from places import PROCESSES
 from predictable import encode
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-from draft_check import ManyDrafts, plain_target, reference_of
+from many_gumiho import ManyDrafts, plain_target, reference_of
 
 from vllm_gumiho.drafters.draft_weights import DraftWeights
 

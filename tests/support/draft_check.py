@@ -7,20 +7,14 @@ not run as the engine does (quantised, with adapters), from what the engine gave
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from many_gumiho import AS_GIVEN, ManyDrafts, plain_target, reference_of
 from many_moa import ManyMoa, moa_reference_of
-from reference_drafter import ReferenceDrafter
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vllm_gumiho.drafters.draft_weights import DraftWeights
-from vllm_gumiho.kernels.eight_bit import dequantise_rows, quantise_rows
-
-AS_GIVEN = DraftWeights()
 
 
 @dataclass
@@ -39,6 +33,11 @@ class Draft:
     spread: Tensor | None = None
     temperature: float = 0.0
     confidence: tuple[Tensor, float, Tensor] | None = None
+
+    @property
+    def drawn(self) -> bool:
+        """Whether its tokens were drawn from `spread`."""
+        return self.spread is not None and self.temperature > 0
 
 
 @dataclass
@@ -72,185 +71,6 @@ class Record:
         ]
 
 
-@dataclass
-class ManyDrafts(ReferenceDrafter):
-    """The equations of `ReferenceDrafter` for many drafts of a text in one pass, whatever the number of serial steps.
-
-    allowed ``[V]`` bool: tokens of a draft vocabulary.  bias, scale, soft_cap: of the target's logits.
-    """
-
-    num_serial_steps: int = 2
-    allowed: Tensor | None = None
-    bias: Tensor | float = 0.0
-    scale: float = 1.0
-    soft_cap: float | None = None
-
-    def read(self, model: Any, tokens: Tensor) -> Tensor:
-        """Features of transformers' target on a text, ``[T, H]``."""
-        return model.model(tokens[None]).last_hidden_state[0]
-
-    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x ``[N, heads, D]`` at ``positions [N]``: pairs (i, i + D/2) turned by position * theta^(-2i/D)."""
-        half = self.head_dim // 2
-        frequencies = self.rope_theta ** (-2 * torch.arange(half, dtype=torch.float64) / self.head_dim)
-        angles = positions[:, None].double() * frequencies
-        cos, sin = angles.cos().float()[:, None], angles.sin().float()[:, None]
-        a, b = x[..., :half], x[..., half:]
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-    def masked_layer(self, x: Tensor, index: int, positions: Tensor, seen: Tensor) -> Tensor:
-        at = f"layers.{index}."
-        y = x if index == 0 else self.norm(x, f"{at}input_layernorm.weight")
-
-        def project(name: str, heads: int) -> Tensor:
-            return self.product(y, f"{at}self_attn.{name}.weight").view(len(y), heads, self.head_dim)
-
-        q = self.rotated(project("q_proj", self.num_heads), positions)
-        k = self.rotated(project("k_proj", self.num_kv_heads), positions)
-        shared = torch.arange(self.num_heads) * self.num_kv_heads // self.num_heads
-        scores = torch.einsum("qhd,khd->hqk", q, k[:, shared]) / self.head_dim**0.5
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        mixed = torch.einsum("hqk,khd->qhd", weights, project("v_proj", self.num_kv_heads)[:, shared])
-        x = x + self.product(mixed.flatten(1), f"{at}self_attn.o_proj.weight")
-        y = self.norm(x, f"{at}post_attention_layernorm.weight")
-        gate = torch.nn.functional.silu(self.product(y, f"{at}mlp.gate_proj.weight"))
-        up = self.product(y, f"{at}mlp.up_proj.weight")
-        return x + self.product(gate * up, f"{at}mlp.down_proj.weight")
-
-    def logits(self, tokens: Tensor, features: Tensor, lengths: Tensor, drafted: Tensor) -> Tensor:
-        """Draft logits ``[D, K, V]``; arguments as `states` has them."""
-        return self.head_logits(self.states(tokens, features, lengths, drafted))
-
-    def head_logits(self, states: Tensor) -> Tensor:
-        """``[..., H]`` -> ``[..., V]``, minus infinity for what is never drafted."""
-        found = (self.product(states, "lm_head") + self.bias) * self.scale
-        if self.soft_cap is not None:
-            found = self.soft_cap * torch.tanh(found / self.soft_cap)
-        return found if self.allowed is None else found.masked_fill(~self.allowed, -torch.inf)
-
-    def states(self, tokens: Tensor, features: Tensor, lengths: Tensor, drafted: Tensor) -> Tensor:
-        """What the LM head drafts from, ``[D, K, H]``, after the first ``lengths [D]`` tokens of a text.
-
-        tokens ``[T + 1]``, features ``[T, H]`` of the target.  drafted ``[D, K]``: serial tokens that later steps go on
-        from, so that one difference does not make all behind it differ.
-        """
-        text = self.fuse(tokens[1:], features)
-        count, anchors = len(text), lengths - 2
-        nodes, positions = [text], [torch.arange(count)]
-        layers = len({name.split(".")[1] for name in self.weights if name.startswith("layers.")})
-        hidden, own = [], []
-        for step in range(min(self.num_serial_steps, drafted.shape[1])):
-            x, where = torch.cat(nodes), torch.cat(positions)
-            owner = torch.cat((torch.full((count,), -1), torch.arange(len(anchors)).repeat(step)))
-            # A row of the text sees the text up to itself; a drafted one what its draft saw, and that draft's own.
-            newest = torch.cat((torch.arange(count), anchors.repeat(step)))
-            in_text = (owner == -1)[None] & (where[None] <= newest[:, None])
-            seen = in_text | ((owner[None] == owner[:, None]) & (owner != -1)[None] & (where[None] <= where[:, None]))
-            for index in range(layers):
-                x = self.masked_layer(x, index, where, seen)
-            hidden.append(x[anchors] if step == 0 else x[-len(anchors) :])
-            own.append(self.fuse(drafted[:, step], hidden[-1]))
-            nodes.append(own[-1])
-            positions.append(anchors + step + 1)
-        count_heads = drafted.shape[1] - self.num_serial_steps
-        heads = [self.head(torch.cat(own, dim=-1), index) for index in range(max(0, count_heads))]
-        return torch.stack((*hidden, *heads), dim=1)
-
-
-@dataclass
-class ManyLayered(ManyDrafts):
-    """Of a drafter whose first serial step reads states of target layers, ``[T, m, H]`` where a feature is taken."""
-
-    layers: tuple[int, ...] = ()
-
-    def read(self, model: Any, tokens: Tensor) -> Tensor:
-        from tiny_moa import TargetStates
-
-        return TargetStates(model, self.layers).states(tokens.tolist())
-
-    def states(self, tokens: Tensor, features: Tensor, lengths: Tensor, drafted: Tensor) -> Tensor:
-        # An engine gives them side by side.
-        states = features.view(len(features), len(self.layers), -1)
-        return super().states(tokens, self.first_features(states), lengths, drafted)
-
-
-# What checkpoints call the embedding and the LM head.
-EMBEDDINGS = (
-    "model.embed_tokens.weight", "model.language_model.embed_tokens.weight", "model.decoder.embed_tokens.weight",
-    "transformer.wte.weight", "gpt_neox.embed_in.weight",
-)  # fmt: skip
-HEADS = ("lm_head.weight", "embed_out.weight")
-
-
-def plain_target(folder: Path) -> Any | None:
-    """The target as transformers runs it in float32; None where its weights are quantised."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if getattr(AutoConfig.from_pretrained(folder), "quantization_config", None):
-        return None
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def reference_of(
-    target: Path, checkpoint: Path, weights: DraftWeights = AS_GIVEN, rounded: frozenset[str] = frozenset()
-) -> ManyDrafts:
-    """The equations with a checkpoint's tensors; layer settings are its config's, else the target's.
-
-    weights: matrices and LM head are what their 8-bit rows stand for.  rounded: see `ReferenceDrafter`.
-    """
-    from transformers import AutoConfig
-
-    from vllm_gumiho.checkpoint.tensors import D2T, SCALE
-    from vllm_gumiho.drafters.checkpoints import open_checkpoint
-
-    opened, config = open_checkpoint(checkpoint), AutoConfig.from_pretrained(target)
-    tensors = {name: tensor.float() for name, tensor in opened.tensors() if name != D2T}
-    if weights.dtype is not None:
-        kept = dict(opened.rows(weights.dtype))
-        for name in [name for name, tensor in kept.items() if tensor.dtype == weights.dtype]:
-            tensors[name] = kept[name].float() * kept[name + SCALE]
-    places = {name: tensor for name, tensor in opened.tensors() if name == D2T}
-    text = config.get_text_config()
-    layer = text.to_dict() | dict(opened.layer_config)
-    rope = layer.get("rope_parameters") or {}
-    assert rope.get("rope_type", "default") == "default", f"no reference for {rope}"
-    head_dim = layer.get("head_dim") or layer["hidden_size"] // layer["num_attention_heads"]
-    own = load_file(target / "model.safetensors")
-    embed = next(own[name] for name in EMBEDDINGS if name in own).float()
-    head = next((own[name] for name in HEADS if name in own), embed).float()
-    size = text.vocab_size
-    bias = own["lm_head.bias"].float() if "lm_head.bias" in own else 0.0
-    scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1.0)
-    if text.model_type.startswith("minicpm"):  # scales what its LM head reads
-        scale = 1.0
-    allowed = None
-    if D2T in places:
-        allowed = torch.zeros(len(embed), dtype=torch.bool)
-        allowed[torch.arange(len(places[D2T])) + places[D2T]] = True
-    tensors.setdefault("fc.bias", torch.zeros(embed.shape[1]))
-    if weights.head_dtype is not None:
-        head = dequantise_rows(quantise_rows(head, weights.head_dtype))
-    first = next(tensor for name, tensor in tensors.items() if name == "mlp.0.0.linear.weight")
-    layers: tuple[int, ...] = opened.sizes.target_layers  # type: ignore[attr-defined]
-    kind = partial(ManyLayered, layers=layers) if layers else ManyDrafts
-    return kind(
-        weights=tensors,
-        embed=embed,
-        lm_head=head[:size],
-        bias=bias,
-        scale=scale,
-        soft_cap=getattr(text, "final_logit_softcapping", None),
-        num_heads=len(tensors["layers.0.self_attn.q_proj.weight"]) // head_dim,
-        num_kv_heads=len(tensors["layers.0.self_attn.k_proj.weight"]) // head_dim,
-        head_dim=head_dim,
-        rope_theta=float(layer.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        eps=layer["rms_norm_eps"],
-        num_serial_steps=first.shape[1] // first.shape[0],
-        allowed=allowed,
-        rounded=rounded,
-    )
-
-
 def _equations(target: Path, checkpoint: Path, weights: DraftWeights, rounded: frozenset[str]) -> ManyDrafts | ManyMoa:
     from vllm_gumiho.drafters.checkpoints import drafter_in
     from vllm_gumiho.drafters.moa import MOA
@@ -280,7 +100,7 @@ def check(
     reference = _equations(target, checkpoint, weights, rounded)
     model = None if engines_features else plain_target(target)
     wrong = list(record.wrong)
-    compared, unlike, chance = 0, 0, 0.0
+    compared, rounding = 0, Rounding()
     by_request: dict[str, list[Draft]] = {}
     for _, draft in record.finished():
         by_request.setdefault(draft.request, []).append(draft)
@@ -301,19 +121,39 @@ def check(
             if rounded and exact:
                 near = perturbed(reference, tokens, features, lengths, drafted)
                 moved = list(2 * torch.stack([spread(other - logits) for other in near]).amax(0))
-                drawn = torch.tensor([draft.spread is not None and draft.temperature > 0 for draft in some])
-                counted = ~drawn[:, None] & (lengths[:, None] + torch.arange(width) < longest)
-                likeliest = logits.argmax(-1)
-                unlike += int(((likeliest != drafted) & counted).sum())
-                chance += sum(int(((likeliest != other.argmax(-1)) & counted).sum()) for other in near) / len(near)
+                counted = torch.tensor([not draft.drawn for draft in some])[:, None] & (
+                    lengths[:, None] + torch.arange(width) < longest
+                )
+                rounding.add(counted, logits, drafted, near)
             for draft, found, off in zip(some, logits, moved, strict=True):
                 reached = max(0, min(width, longest - draft.length))
                 compared += reached
                 wrong += differences(draft, found[:reached], exact, bool(rounded), off) if reached else []
-    # Several times what chance moves: a token that is rounded another way moves those of many drafts.
-    if unlike > 1.3 * chance + 4 * chance**0.5 + 3:
-        wrong.insert(0, f"{unlike} of {compared} draft tokens are not the likeliest, where rounding moves {chance:.0f}")
+    wrong = rounding.wrong() + wrong
     return {"compared": compared, "requests": len(by_request), "wrong": wrong[:20], "dropped": record.dropped}
+
+
+@dataclass
+class Rounding:
+    """How many draft tokens are not the equations' likeliest, and how many of those rounding makes others."""
+
+    counted: int = 0
+    unlike: int = 0
+    chance: float = 0.0
+
+    def add(self, counted: Tensor, logits: Tensor, drafted: Tensor, near: list[Tensor]) -> None:
+        """counted, drafted ``[D, K]``; logits and those of `perturbed` ``[D, K, V]``."""
+        likeliest = logits.argmax(-1)
+        self.counted += int(counted.sum())
+        self.unlike += int(((likeliest != drafted) & counted).sum())
+        others = [int(((likeliest != other.argmax(-1)) & counted).sum()) for other in near]
+        self.chance += sum(others) / len(others)
+
+    def wrong(self) -> list[str]:
+        # More than chance alone spreads: one input that is rounded another way moves the tokens of many drafts.
+        if self.unlike <= 1.3 * self.chance + 4 * self.chance**0.5 + 3:
+            return []
+        return [f"{self.unlike} of {self.counted} tokens are not the likeliest; rounding moves {self.chance:.0f}"]
 
 
 def perturbed(
@@ -344,7 +184,8 @@ def differences(
     """
     where = f"request {draft.request}, after {draft.length} tokens"
     wrong = [] if draft.confidence is None else unlike_confidences(where, draft, logits)
-    if draft.spread is not None and draft.temperature > 0:
+    if draft.drawn:
+        assert draft.spread is not None
         apart = (draft.spread[: len(logits)] - (logits / draft.temperature).softmax(-1)).abs().amax(-1)
         return wrong + [
             f"{where}: distribution {j} is {x:.4f} off"

@@ -8,8 +8,8 @@ import pytest
 import tiny
 import tiny_moa
 import torch
-from draft_check import reference_of
 from engines import UNEQUAL_PROMPTS, generate, greedy, pair, run, step, tokens
+from many_gumiho import reference_of
 from runs import recipe, write_answers
 from transformers import AutoModelForCausalLM
 
