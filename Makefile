@@ -84,7 +84,7 @@ docs: setup  ## the site of docs/ in site/, links checked
 	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-lossless: models  ## greedy output against speculation off, token by token (PROMPTS=folder, PER_REQUEST=confident); hours on a small CPU
+lossless: models  ## greedy output against speculation off, token by token (PROMPTS=folder, PER_REQUEST=confident)
 	@test -n "$(PROMPTS)" || { echo "make lossless: no prompts; give PROMPTS=DIR, a folder of *.jsonl of {id, turns}" >&2; exit 2; }
 	$(RUN) $(BIN)/vllm-gumiho eval --target smollm2 --checkpoint gumiho --prompts "$(PROMPTS)" --method gumiho \
 	  --num-speculative-tokens 7 --temperature 0 --dtype float32 --max-tokens 64 --concurrency 32 \

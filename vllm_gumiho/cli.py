@@ -133,7 +133,7 @@ def convert(
     source: CheckpointArgument,
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
     target: Annotated[str | None, typer.Option(help=TARGET)] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Store matrices in 8 bits, one scale a row.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Store matrices but fc in 8 bits, one scale a row.")] = False,
     draft_vocab: Annotated[int, typer.Option(help="Draft only the N most frequent tokens of --answers; 0 is all.")] = 0,
     answers: Annotated[
         list[Path] | None, typer.Option(help="Answers of 'vllm-gumiho generate', for --draft-vocab.")

@@ -104,10 +104,10 @@ test-next`, whose record is [vllm-0.33.json](results/vllm-0.33.json): {passed:,}
 
 vLLM takes model runner V2 by default where Triton is installed, as on GPUs, and V1 in the CPU build
 (`VLLM_USE_V2_MODEL_RUNNER` decides). V2 runs here under Triton's interpreter, and most rows there rest on one batch in
-which each request asks for something else, once. A runner that is not named has no test there, which is no known fault,
-unless the note says so; one named for 0.32 alone has not been run with 0.33 yet. What is drafted is held to the paper's
-equations too, in every engine of these tests but those of data parallel: each draft token, and each distribution that
-drafts are drawn from, given the text verified before it (the first 400 drafts of an engine;
+which each request asks for something else, once. A runner that is not named was not tested, which does not mean that it
+fails; a known fault is in the note. One named for 0.32 alone has not been run with 0.33 yet. What is drafted is held to
+the paper's equations too, in every engine of these tests but those of data parallel: each draft token, and each
+distribution that drafts are drawn from, given the text verified before it (the first 400 drafts of an engine;
 [draft_check](../tests/support/draft_check.py)). For targets in FP8, NVFP4 and MXFP4, whose kernels are for GPUs, the
 engine's config is made ([engine_configs](../tests/request/test_engine_configs.py)), and no engine. `python
 tests/support/feature_list.py` writes this page from the tests' marks and that record, and

@@ -11,7 +11,10 @@ from rich.console import Console
 from vllm_gumiho.options import CONCURRENCY, TARGET, TOKENS, CheckpointOption
 from vllm_gumiho.request.lengths import AUTO, length_option
 
-LENGTH = f"{TOKENS[:-1]}, or {AUTO}. By default all; of a bundled head on a CPU 4 to 0 by requests at once."
+LENGTH = (
+    f"{TOKENS[:-1]}, or {AUTO}. By default all, on a CPU ended by request; of a bundled head there 4 to 0 by requests "
+    "at once."
+)
 
 
 def demo(

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_gumiho.figures import MARKERS, new_figure, save_figure
 from vllm_gumiho.tuning.theory import Option
+from vllm_gumiho.tuning.verify import gains_of
 
 
 def plot_plan(found: Sequence[Option], output: Path) -> None:
@@ -35,14 +36,13 @@ def plot_plan(found: Sequence[Option], output: Path) -> None:
 
 
 def plot_curve(curve: dict[str, Any], title: str, output: Path) -> None:
-    """Measured tokens/s against concurrency, median and range, and the same over no speculation.
+    """Measured tokens/s against concurrency, median and range, and the median ratio over no speculation by rounds.
 
     curve: ``{name: {concurrency: [tokens/s of each run]}}`` with a line named ``off``.
     Raises: FigureError without matplotlib, or when the file cannot be written.
     """
     figure = new_figure()
     left, right = figure.subplots(1, 2, sharex=True)
-    base = {size: statistics.median(runs) for size, runs in curve["off"].items()}
     for (name, line), marker in zip(curve.items(), MARKERS, strict=False):
         sizes = [int(size) for size in line]
         middle = [statistics.median(runs) for runs in line.values()]
@@ -51,9 +51,8 @@ def plot_curve(curve: dict[str, Any], title: str, output: Path) -> None:
             [max(runs) - m for m, runs in zip(middle, line.values(), strict=True)],
         ]
         left.errorbar(sizes, middle, yerr=spread, marker=marker, capsize=3, label=name, alpha=0.8)
-        right.plot(
-            sizes, [m / base[str(size)] for m, size in zip(middle, sizes, strict=True)], marker=marker, label=name
-        )
+        gains = gains_of(curve, name)
+        right.plot(list(gains), list(gains.values()), marker=marker, label=name)
     left.set(xlabel="requests at once", ylabel="measured output tokens/s")
     right.set(xlabel="requests at once", ylabel="over no speculation")
     for axis in (left, right):
