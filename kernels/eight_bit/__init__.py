@@ -1,6 +1,6 @@
 """Matrices of 8-bit rows: float8 e4m3 or int8 with one float32 scale a row, ``[N, K]`` x ``x [B, K]`` -> ``[B, N]``."""
 
-from vllm_gumiho.kernels.eight_bit.dispatch import launches, rows_linear
+from vllm_gumiho.kernels.eight_bit.dispatch import MAX_ROWS, launches, rows_linear
 from vllm_gumiho.kernels.eight_bit.reference import (
     EIGHT_BIT,
     EightBitRows,
@@ -13,6 +13,7 @@ from vllm_gumiho.kernels.eight_bit.reference import (
 
 __all__ = [
     "EIGHT_BIT",
+    "MAX_ROWS",
     "EightBitRows",
     "as_fnuz",
     "dequantise_rows",

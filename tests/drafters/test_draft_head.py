@@ -11,6 +11,7 @@ from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from vllm_gumiho.drafters.lm_head import DraftHead
+from vllm_gumiho.drafters.target_owned import TargetHead
 from vllm_gumiho.errors import CheckpointError
 
 IDS = torch.tensor([1, 4, 6])
@@ -50,3 +51,17 @@ def test_features_of_another_type_meet_the_rows(weights, features, method):
     assert logits.dtype == weights
     torch.testing.assert_close(logits[:, IDS], x.to(weights) @ head.weight[IDS].T, rtol=2e-2, atol=2e-2)
     assert logits[:, [0, 2, 3, 5, 7]].eq(-torch.inf).all()
+
+
+@pytest.mark.parametrize("eight_bit", [None, torch.int8])
+@pytest.mark.parametrize("head_dtype", [None, torch.bfloat16, torch.float32])
+def test_logits_have_the_type_of_the_runners_buffers(head_dtype, eight_bit):
+    """``head_dtype`` of the engine, which may be wider than the draft model."""
+    drafter = TargetHead()
+    drafter.draft_head = DraftHead(lm_head(torch.bfloat16), IDS, "CKPT", eight_bit)
+    drafter.logits_processor = SimpleNamespace(head_dtype=head_dtype, soft_cap=None, scale=0.5)
+    drafter.config = SimpleNamespace(vocab_size=8)
+    x = torch.randn(3, 16, dtype=torch.bfloat16)
+    logits = drafter.compute_logits(x)
+    assert logits.dtype == (head_dtype or torch.bfloat16)
+    assert torch.equal(logits[:, IDS].bfloat16(), drafter.draft_head.draft_logits(x) * 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,29 @@ def test_only_what_was_chosen_is_launched(monkeypatch, heads):
     library = HeadsPath.BATCHED
     paths = [HeadsPath.FUSED, HeadsPath.FUSED, library, library, library, HeadsPath.STAGES, HeadsPath.STAGES, library]
     assert launched == [(*one, path) for one, path in zip(asked, paths, strict=True)]
+
+
+def test_heads_of_8_bit_rows_go_in_parts_of_the_largest_tile(monkeypatch, heads):
+    """The library's products would widen them at each call."""
+    monkeypatch.setattr(module, "parallel_heads", lambda m, weights, scales, path, counters: path)
+    narrow = ParallelHeads(3, 2, 16, torch.float32, weights=torch.int8)
+    for one in (heads, narrow):
+        one.paths = {(3, 32): HeadsPath.STAGES}
+    batches = (16, 32, 33, 400)
+    found = [[one([torch.zeros(batch, 16)] * 2, 3) for batch in batches] for one in (heads, narrow)]
+    library, kernel = HeadsPath.BATCHED, HeadsPath.STAGES
+    assert found == [[library, kernel, library, library], [library, kernel, kernel, kernel]]
+
+
+@pytest.mark.parametrize("weights", [None, torch.int8])
+@pytest.mark.parametrize(("asked_for", "kept"), [(None, 3), (9, 3), (2, 2), (1, 1), (0, 0), (-1, 0)])
+def test_heads_that_no_k_asks_for_take_no_memory(heads, asked_for, kept, weights):
+    """K of 1 and 2 run none of them."""
+    some = ParallelHeads(3, 2, 16, torch.float32, asked_for, weights)
+    assert {len(parameter) for parameter in some.parameters()} == {kept}
+    kinds = ("weight", "bias", *(["weight_scale"] if weights else []))
+    for head, stage, kind in itertools.product(range(3), range(6), kinds):
+        assert (some.destination(head, stage, kind) is None) is (head >= kept)
 
 
 def looked(heads: ParallelHeads, drafts: int) -> list[int]:

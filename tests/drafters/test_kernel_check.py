@@ -12,6 +12,8 @@ from vllm_gumiho.drafters.kernel_choice import Shapes, Switch, choose_kernels, k
 from vllm_gumiho.drafters.target_owned import draft_lengths
 from vllm_gumiho.env import KERNELS
 from vllm_gumiho.errors import KernelChoiceError
+from vllm_gumiho.kernels.eight_bit import quantise_rows
+from vllm_gumiho.kernels.eight_bit.triton import choose_linear_tiling
 from vllm_gumiho.kernels.lm_head_argmax import MAX_ROWS
 from vllm_gumiho.kernels.parallel_heads import (
     GAVE_UP,
@@ -294,3 +296,13 @@ def test_nothing_is_launched_where_the_kernels_are_off(monkeypatch, no_group, we
         assert (choice.heads, choice.argmax) == ({}, frozenset())
         assert reason in choice.heads_reason
         assert reason in choice.argmax_reason
+
+
+def test_products_of_8_bit_rows_are_checked_at_every_tile(monkeypatch, no_group):
+    """Heads' rows and prompts are more than requests: whatever `--max-num-seqs` is, each tile can be launched."""
+    monkeypatch.setenv(KERNELS.name, "1")
+    checked = []
+    monkeypatch.setattr(kernel_choice, "wrong_products", lambda matrices, batches, dtype: checked.extend(batches))
+    assert kernel_choice.products_by_kernel([quantise_rows(torch.randn(4, 16), torch.int8)], torch.float32)
+    served, tried = ({choose_linear_tiling(b, 4, 16, 2).block_b for b in rows} for rows in (range(1, 65), checked))
+    assert tried == served

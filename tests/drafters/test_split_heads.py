@@ -43,7 +43,7 @@ def test_sharing_counts_the_heads_that_k_asks_for(monkeypatch):
     monkeypatch.setattr(parallel_heads, "CPU_SPLIT_BYTES", 2 * 4 * 8 * (7 * 8 + 6))  # two float32 heads of H = 8
     shares = {k: parallel_heads.ParallelHeads(5, 2, 8, torch.float32, asked_for=k - 2) for k in (1, 3, 5, 6, 7)}
     assert {k: heads.ranks for k, heads in shares.items()} == {1: 1, 3: 1, 5: 1, 6: 2, 7: 2}
-    assert {k: heads.bias.shape[0] for k, heads in shares.items()} == {1: 5, 3: 5, 5: 5, 6: 2, 7: 2}
+    assert {k: heads.bias.shape[0] for k, heads in shares.items()} == {1: 0, 3: 1, 5: 3, 6: 2, 7: 2}
 
 
 def test_ranks_that_disagree_all_keep_whole_heads(monkeypatch):

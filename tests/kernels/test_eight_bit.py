@@ -189,6 +189,14 @@ class TestKernels:
         assert_product(rows_linear(x, rows, added), x, rows, added)
         assert eight_bit.launches["triton"] == before + 1
 
+    @pytest.mark.parametrize(("batch", "by"), [(65, "triton"), (130, "triton"), (16 * 64, "triton"), (1025, "widened")])
+    def test_more_rows_than_a_launch_takes_go_in_parts(self, poisoned, batch, by):
+        """Each reads a byte a code, where widening moves 21; above 16 parts it is done all the same."""
+        rows, x, bias = quantise_rows(torch.randn(20, 32), torch.int8), torch.randn(batch, 32), torch.randn(20)
+        before = eight_bit.launches.copy()
+        assert_product(rows_linear(x, rows, bias), x, rows, bias)
+        assert eight_bit.launches - before == {by: 1}
+
     def test_parts_of_k_are_summed(self, poisoned):
         rows, x = quantise_rows(torch.randn(20, 2048), torch.int8), torch.randn(3, 2048)
         assert choose_linear_tiling(3, 20, 2048, processors=2, packed=False).splits > 1

@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import re
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from vllm_gumiho.plugin import arguments as patches
 from vllm_gumiho.plugin import install
 from vllm_gumiho.plugin.hooks import MEASURING, SERVING, check, mismatch_message
 from vllm_gumiho.plugin.vllm_source import Source
+from vllm_gumiho.tuning import auto
 
 pytestmark = pytest.mark.next_release
 
@@ -151,6 +153,7 @@ def rewriting(monkeypatch):
         needs_one_kv_group=lambda target: getattr(target, "model", "") == "torn",
         drafter=SimpleNamespace(title="Gumiho"),
         is_auto=False,
+        ends_by_request=False,
         for_vllm=lambda: {"method": "eagle", "model": "/made"},
     )
     monkeypatch.setattr(request, "resolve", lambda *args: asked.append(args) or made)
@@ -184,6 +187,28 @@ def test_draft_layers_that_would_be_torn_apart_turn_off_what_tears_them(rewritin
     patches._create_speculative_config(original, None)(args, target, "parallel")
     assert args.disable_hybrid_kv_cache_manager is True
     assert args.speculative_config == {"method": "gumiho"}
+
+
+@pytest.mark.parametrize("how", ["written", "by measurement", "measured off"])
+@pytest.mark.parametrize(("ends_by_request", "given", "taken"), [
+    (True, None, False), (True, True, True), (True, False, False), (False, None, None), (False, True, True),
+])  # fmt: skip
+def test_drafts_that_end_by_request_turn_async_scheduling_off(
+    rewriting, monkeypatch, caplog, how, ends_by_request, given, taken
+):
+    """Where the user leaves it to vLLM: it would have the rows of a step set before they are drafted."""
+    caplog.set_level(logging.INFO, "vllm.vllm_gumiho")
+    made = request.resolve()
+    made.ends_by_request = ends_by_request
+    if how != "written":
+        asked = SimpleNamespace(**vars(made) | {"is_auto": True, "ends_by_request": False})
+        monkeypatch.setattr(request, "resolve", lambda *args: asked)
+        monkeypatch.setattr(auto, "settle", lambda *args: made if how == "by measurement" else None)
+    args = arguments(speculative_config={"method": "gumiho"}, async_scheduling=given)
+    seen, *_ = patches._create_speculative_config(original, None)(args, SimpleNamespace(model="t"), "parallel")
+    expected = given if how == "measured off" else taken
+    assert seen["async_scheduling"] is args.async_scheduling is expected
+    assert ("async scheduling is off" in caplog.text) is (expected is not given)
 
 
 @pytest.mark.parametrize("refusal", [None, "refused"])

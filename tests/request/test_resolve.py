@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import LAYER
 from tiny import HIDDEN, VOCAB, drafter_tensors, target_config, write_released
+from vllm.config import ParallelConfig
 
 from vllm_gumiho.drafters import DEFAULT, drafter_of
 from vllm_gumiho.drafters.checkpoints import open_checkpoint, save_speculators
 from vllm_gumiho.drafters.speculators_config import update_draft_config
 from vllm_gumiho.env import CHECKPOINTS
 from vllm_gumiho.errors import CheckpointError
-from vllm_gumiho.request import asks_for_ours
+from vllm_gumiho.request import asks_for_ours, resolve
 from vllm_gumiho.request.draft_config import derive_draft_config
 from vllm_gumiho.runners import wants_same_seeded_text
 
@@ -187,6 +188,30 @@ def test_what_gumiho_cannot_do_is_refused(spec, parallel, said, checkpoint, cach
     with pytest.raises(CheckpointError, match=said):
         rewritten({"model": checkpoint} | spec, parallel=SimpleNamespace(pipeline_parallel_size=parallel))
     assert not cache.exists()
+
+
+@pytest.mark.parametrize(("group", "servers"), [
+    ({"nnodes": 2}, "2 nodes"),
+    ({"data_parallel_size": 4, "data_parallel_size_local": 2}, "servers of 2 among 4 ranks"),
+    ({"data_parallel_size": 2, "data_parallel_size_local": 0}, "servers of 0 among 2 ranks"),
+    ({"data_parallel_size": 4, "data_parallel_size_local": 4}, None),
+    ({"data_parallel_size": 4, "data_parallel_size_local": 2, "data_parallel_backend": "ray"}, None),
+    ({}, None),
+])  # fmt: skip
+def test_servers_that_would_choose_k_apart_are_refused(group, servers, checkpoint, cache):
+    """vLLM's own config of the group; a number goes with any."""
+    parallel = ParallelConfig()
+    for name, value in group.items():
+        setattr(parallel, name, value)
+    spec = {"method": "gumiho", "model": str(checkpoint)}
+    assert resolve(spec | {"num_speculative_tokens": 3}, fake_target(), parallel)
+    if servers is None:
+        assert resolve(spec | {"num_speculative_tokens": "auto"}, fake_target(), parallel).is_auto
+        return
+    with pytest.raises(
+        CheckpointError, match=f'"auto" is chosen by each server, and {servers} of one .*give all .* one'
+    ):
+        resolve(spec | {"num_speculative_tokens": "auto"}, fake_target(), parallel)
 
 
 @pytest.mark.parametrize("given", [{"seeded_text": "same"}, {"seeded_text": None}, {}])

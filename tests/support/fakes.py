@@ -9,7 +9,14 @@ from tiny import HIDDEN, TARGET_LAYERS, VOCAB
 
 from vllm_gumiho.errors import CheckpointError
 
-PARALLEL = SimpleNamespace(pipeline_parallel_size=1, decode_context_parallel_size=1)
+PARALLEL = SimpleNamespace(
+    pipeline_parallel_size=1,
+    decode_context_parallel_size=1,
+    nnodes=1,
+    data_parallel_size=1,
+    data_parallel_size_local=1,
+    data_parallel_backend="mp",
+)
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 
 

@@ -53,7 +53,7 @@ KEYS = (
         "num_speculative_tokens_per_request",
         READ,
         '`"confident"`: a draft ends where another token is not worth verifying. Or a number: what a row costs, as a '
-        "share of a step. Runner V1, without async scheduling.",
+        "share of a step. Runner V1; turns async scheduling off.",
     ),
     Key(
         "max_model_len",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from fakes import fake_target, measurement
+from fakes import PARALLEL, fake_target, measurement
 
 from vllm_gumiho.request import resolve
 from vllm_gumiho.tuning import auto, storage
@@ -41,7 +41,8 @@ def stored(checkpoint, **changes) -> dict:
 
 
 def settle(checkpoint, data_parallel: int = 1, max_num_seqs: int | None = 2, **more):
-    parallel = SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=data_parallel)
+    ranks = {"data_parallel_size": data_parallel, "data_parallel_size_local": data_parallel}
+    parallel = SimpleNamespace(**vars(PARALLEL) | ranks)
     request = resolve(spec_for(checkpoint, **more), target(), parallel)
     settled = auto.settle(request, fake_engine(max_num_seqs=max_num_seqs), target(), parallel)
     return settled and settled.spec

@@ -11,7 +11,9 @@ from vllm_gumiho.env import SCHEDULE
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
-    monkeypatch.delenv(SCHEDULE.name, raising=False)
+    # What is put there meanwhile goes at the end.
+    monkeypatch.setenv(SCHEDULE.name, "")
+    monkeypatch.delenv(SCHEDULE.name)
     return tmp_path / "cache" / "gumiho" / "schedules"
 
 

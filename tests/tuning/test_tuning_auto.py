@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 from fakes import measurement, rewritten
-from schedules import fake_engine, settle, spec_for, target
+from filelock import FileLock
+from schedules import fake_engine, identity, settle, spec_for, stored, target
 from tiny import drafter_tensors, write_released
 from typer.testing import CliRunner
 
@@ -18,8 +22,11 @@ from vllm_gumiho.errors import CheckpointError, EngineError, FigureError, Storag
 from vllm_gumiho.request import resolve
 from vllm_gumiho.tuning import auto, tasks, verify
 from vllm_gumiho.tuning.engine import MeasuringEngine
-from vllm_gumiho.tuning.measure import engine_settings
+from vllm_gumiho.tuning.measure import costs_of, engine_settings, record_of
 from vllm_gumiho.tuning.plot import plot_curve
+from vllm_gumiho.tuning.schedule import loss_above
+from vllm_gumiho.tuning.settings import Plan
+from vllm_gumiho.tuning.storage import path_of, writable_folder
 
 
 @pytest.mark.parametrize(
@@ -76,8 +83,25 @@ def test_a_measuring_process_that_fails_is_a_warning_and_no_speculation(checkpoi
     assert (
         "no schedule could be measured (the measuring engine failed: exit code 1, last line: no output)" in caplog.text
     )
-    assert "the engine starts without speculation" in caplog.text
+    assert "the engine starts without speculation. The next start tries again" in caplog.text
     assert not list(cache.glob("*.json"))
+    # API servers make the config again, beside the engine: they are told.
+    caplog.set_level(logging.INFO, "vllm.vllm_gumiho")
+    monkeypatch.setattr(auto, "measure", lambda *given: pytest.fail("measured again"))
+    assert settle(checkpoint) is None
+    assert "by measurement on this machine (nothing was measured: the measuring engine failed" in caplog.text
+
+
+def test_a_server_that_waits_for_anothers_measurement_says_so(checkpoint, cache, caplog):
+    caplog.set_level(logging.INFO, "vllm.vllm_gumiho")
+    key = identity(checkpoint)
+    with ThreadPoolExecutor(1) as pool, FileLock(writable_folder() / f".{path_of(key).name}.lock"):
+        waits = pool.submit(settle, checkpoint)
+        while "waiting for another process, which measures this pair" not in caplog.text:
+            time.sleep(0.01)
+            assert not waits.done()
+        record = stored(checkpoint)
+    assert waits.result()["num_speculative_tokens_per_batch_size"] == record["schedule"]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +134,7 @@ def test_auto_keeps_what_real_requests_bear_out(checkpoint, cache, monkeypatch, 
     assert record["reason"].endswith(reason)
     by_request = reason.startswith("drafts")
     assert record.get("per_request") == (record["row_cost"] if by_request else None)
+    assert record["above"] is None
     if share == 1.3 or by_request:
         assert spec["num_speculative_tokens_per_batch_size"] == record["schedule"] == [[1, 2, 1], [3, 3, 0]]
         applied = auto.apply(record, resolve(spec_for(checkpoint), target()), 1, 2)
@@ -117,6 +142,27 @@ def test_auto_keeps_what_real_requests_bear_out(checkpoint, cache, monkeypatch, 
     else:
         assert (spec, record["schedule"], record["single"]) == (None, None, 0)
         assert record["withdrawn"] == [[1, 2, 1], [3, 3, 0]]
+
+
+def test_drafts_by_request_keep_the_bound_above_what_was_measured():
+    """With K=0 the drafter loses 10 % at two requests: a server that may decode three does not draft at all."""
+    record = record_of({}, measurement(idle=(10.1, 11.2), one=(10.3, 12.0)), 1, Plan(max_batch=2))
+    curve = {name: {"1": [speed], "2": [speed]} for name, speed in (("off", 10.0), ("confident", 14.0))}
+    above = loss_above(costs_of(record["measurement"]), 0.05)
+    assert above == record["above"] == "0.89x expected with K=0 at 2, under 0.95x"
+    kept = verify.judged(record | {"schedule": None}, curve, Plan(max_batch=2), [[1, 2, 1], [3, 3, 0]], above)
+    assert (kept["per_request"], kept["above"]) == (record["row_cost"], above)
+
+
+def test_verification_hands_that_bound_on(monkeypatch):
+    record = record_of({}, measurement(idle=(10.1, 11.2), one=(10.3, 12.0)), 1, Plan(max_batch=2))
+    curve = {
+        name: {"1": [speed], "2": [speed]} for name, speed in (("off", 10.0), ("schedule", 9.0), ("confident", 14.0))
+    }
+    monkeypatch.setattr(verify, "measure_curve", lambda *given: curve)
+    found = verify.verified(record, {}, {}, Plan(max_batch=2), "together", print)
+    assert found["reason"].startswith("drafts of a length by request")
+    assert found["above"] == "0.89x expected with K=0 at 2, under 0.95x"
 
 
 @pytest.mark.parametrize(("batch", "a_step"), [(1, 1), (3, 1), (4, 3), (7, 2)])

@@ -17,7 +17,7 @@ from vllm_gumiho.drafters.lm_head import GreedyArgmax
 from vllm_gumiho.drafters.ranks import lowest_of_all_ranks
 from vllm_gumiho.env import KERNELS
 from vllm_gumiho.errors import KernelChoiceError
-from vllm_gumiho.kernels.eight_bit import EightBitRows
+from vllm_gumiho.kernels.eight_bit import MAX_ROWS, EightBitRows
 from vllm_gumiho.kernels.lm_head_argmax import lm_head_argmax, row_tiles
 from vllm_gumiho.kernels.parallel_heads import (
     HeadScales,
@@ -295,16 +295,17 @@ def _argmax_tiles(
     return frozenset(t for t in rows if pays(ratios[t], 1)), _with_ratios("checked", ratios.values())
 
 
-def products_by_kernel(matrices: Sequence[EightBitRows], max_batch: int, dtype: torch.dtype) -> bool:
-    """Whether our kernel multiplies with these 8-bit rows: asked for, and right at every batch tile, on every rank.
+def products_by_kernel(matrices: Sequence[EightBitRows], dtype: torch.dtype) -> bool:
+    """Whether our kernel multiplies with these 8-bit rows: asked for, and right at every row tile, on every rank.
+
+    Every tile can be launched: several heads' rows, and prompts, are more than there are requests.
 
     Raises: KernelChoiceError where the kernel is forced and fails.
     """
     switch = kernel_switch()
     asked = refusal(switch, matrices[0].weight.device, greedy=True) is None
     with uncounted():
-        batches = sorted({1, *(min(tile, max_batch) for tile in (16, 32, 64))})
-        problem = wrong_products(matrices, batches, dtype) if asked else None
+        problem = wrong_products(matrices, (1, 16, 32, MAX_ROWS), dtype) if asked else None
     if asked and problem and switch is Switch.ON:
         raise KernelChoiceError(f"{KERNELS.name}=1, but products of 8-bit rows: {problem}; unset it")
     return bool(lowest_of_all_ranks([int(asked and problem is None)])[0])

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from vllm_gumiho.drafters.eight_bit import EightBitMatrix
 from vllm_gumiho.errors import CheckpointError
-from vllm_gumiho.kernels.eight_bit import quantise_rows
+from vllm_gumiho.kernels.eight_bit import MAX_ROWS, quantise_rows
 from vllm_gumiho.kernels.lm_head_argmax import (
     TopToken,
     lm_head_argmax,
@@ -116,7 +116,8 @@ class GreedyArgmax:
 class EightBitHead(nn.Module):
     """A copy in 8 bits of this rank's rows of the target's LM head, to draft by.
 
-    vLLM's logits processor takes it in the LM head's place: it asks for what is copied here.
+    vLLM's logits processor takes it in the LM head's place: it asks for what is copied here.  For more rows than one
+    launch of our product takes, the target's own rows are read: a second launch would read as many bytes as they have.
 
     lm_head: one for which `plain_head_problem` has none.
     """
@@ -126,20 +127,26 @@ class EightBitHead(nn.Module):
         self.matrix = EightBitMatrix(quantise_rows(lm_head.weight.data, dtype))
         self.tp_size, self.shard_indices = lm_head.tp_size, lm_head.shard_indices
         self.quant_method = _MatrixMethod()
+        self._wide = lambda x: lm_head.quant_method.apply(lm_head, x, bias=None)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """``[N, H]`` -> ``[N, rows]``."""
+        return self._wide(x) if x.shape[0] > MAX_ROWS and not self.matrix.packed else self.matrix(x)
 
     def shard(self, vocab_size: int) -> LmHeadShard:
         """As `LmHeadShard.of` has it."""
         places, matrix = self.shard_indices, self.matrix
         first = places.org_vocab_start_index
         size = max(0, min(places.org_vocab_end_index, vocab_size) - first)
-        return LmHeadShard(matrix.weight, first, size, self.tp_size, matrix, matrix)
+        return LmHeadShard(matrix.weight, first, size, self.tp_size, self.logits, matrix)
 
 
 class _MatrixMethod:
     """Stands where vLLM's LM heads have their quantisation method."""
 
     def apply(self, layer: EightBitHead, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return layer.matrix(x, bias)
+        assert bias is None, "an LM head with a bias is not copied"
+        return layer.logits(x)
 
 
 class DraftHead(nn.Module):

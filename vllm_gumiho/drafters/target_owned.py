@@ -152,6 +152,7 @@ class TargetHead:
         """``[N, H]`` -> ``[N, V]`` by the target's LM head, its bias included; -inf for tokens never drafted."""
         if self.draft_head is not None:
             logits, cap = self.draft_head.draft_logits(hidden_states), self.logits_processor.soft_cap
+            logits = logits.to(self.logits_processor.head_dtype or logits.dtype)  # as the runners' buffers are
             if cap is not None:
                 logits = torch.tanh(logits / cap) * cap
             return self.draft_head.spread(logits * self.logits_processor.scale, self.config.vocab_size)

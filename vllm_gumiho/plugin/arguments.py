@@ -6,15 +6,21 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_gumiho.drafters.speculators_config import check_verifier
 from vllm_gumiho.errors import HookError
 from vllm_gumiho.plugin.variables import register_variables
 
+if TYPE_CHECKING:
+    from vllm_gumiho.request.resolve import Request
+
 ONE_GROUP = (
     "%s: draft layers would fall into several KV cache groups beside the layers of target %s; its windows save no KV "
     "cache then (disable_hybrid_kv_cache_manager)"
+)
+SYNCHRONOUS = (
+    "Gumiho: async scheduling is off, as drafts end by request; --async-scheduling would keep their full length"
 )
 logger = logging.getLogger("vllm.vllm_gumiho")
 _FLAGS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
@@ -68,13 +74,15 @@ def _create_speculative_config(original: Callable[..., Any], refusal: str | None
             if request.needs_one_kv_group(target_model_config) and not self.disable_hybrid_kv_cache_manager:
                 logger.info(ONE_GROUP, request.drafter.title, target_model_config.model)
                 self.disable_hybrid_kv_cache_manager = True
+            settled: Request | None = request
             if request.is_auto:
                 from vllm_gumiho.tuning.auto import settle
 
                 settled = settle(request, self, target_model_config, target_parallel_config)
-                self.speculative_config = settled and settled.for_vllm()
-            else:
-                self.speculative_config = request.for_vllm()
+            if settled and settled.ends_by_request and self.async_scheduling is None:
+                logger.info(SYNCHRONOUS)
+                self.async_scheduling = False
+            self.speculative_config = settled and settled.for_vllm()
             return original(self, target_model_config, target_parallel_config)
         finally:
             for name, value in kept.items():

@@ -72,6 +72,11 @@ class Request:
         """Whether drafts end by request, by what a row costs on this machine."""
         return self.spec.get(PER_REQUEST) == CONFIDENT
 
+    @property
+    def ends_by_request(self) -> bool:
+        """Whether drafts end by request, whatever a row is taken to cost."""
+        return self.draft_config.get(PER_REQUEST) is not None
+
     def with_row_cost(self, cost: float) -> Request:
         """The same request with drafts that end where another row is not worth its cost."""
         return replace(self, draft_config={**self.draft_config, PER_REQUEST: cost})
@@ -189,11 +194,24 @@ def _tell_of_shorter_drafts(spec: dict[str, Any], target: ModelConfig) -> None:
         )
 
 
+def _choose_apart(parallel: ParallelConfig) -> str | None:
+    """What makes a config of its own in each part of the group, None where one process makes it for all."""
+    if parallel.nnodes > 1:
+        return f"{parallel.nnodes} nodes"
+    size, local = parallel.data_parallel_size, parallel.data_parallel_size_local
+    return f"servers of {local} among {size} ranks" if local < size and parallel.data_parallel_backend == "mp" else None
+
+
 def _check_features(spec: dict[str, Any], parallel: ParallelConfig | None) -> None:
     if parallel is not None and parallel.pipeline_parallel_size > 1:
         raise CheckpointError(
             f"Gumiho shares the target's embedding and LM head, which pipeline parallelism puts on different workers; "
             f"use pipeline_parallel_size=1 (not {parallel.pipeline_parallel_size}) and tensor parallelism instead"
+        )
+    if spec.get(TOKENS) == AUTO and parallel is not None and (servers := _choose_apart(parallel)):
+        raise CheckpointError(
+            f'{TOKENS} "{AUTO}" is chosen by each server, and {servers} of one group could choose apart and wait for '
+            f"each other for ever; give all of them one number, which vllm-gumiho tune measures"
         )
     if spec.get("parallel_drafting"):
         raise CheckpointError(

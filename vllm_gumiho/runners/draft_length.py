@@ -84,7 +84,9 @@ class DraftLengths:
         batch, most = drafted.shape
         if not most:  # a schedule's K of 0
             return [[] for _ in range(batch)]
-        chances = torch.cat([some.view(batch, -1) for some in self._chances], dim=1).double().cpu().numpy()
+        chances = torch.cat([some.view(batch, -1) for some in self._chances], dim=1)
+        # One wait for the device: ids are exact in float64.
+        chances, drafted = torch.stack([chances.double(), drafted.double()]).cpu()
         chances[idle] = 0.0
-        sent = lengths(chances, self.row_cost)
-        return [tokens[:length] for tokens, length in zip(drafted.tolist(), sent, strict=True)]
+        sent = lengths(chances.numpy(), self.row_cost)
+        return [tokens[:length] for tokens, length in zip(drafted.long().tolist(), sent, strict=True)]

@@ -37,7 +37,11 @@ def settle(request: Request, engine: EngineArgs, target: ModelConfig, parallel: 
     try:
         record = stored_or_measured(request, engine, target)
     except (TuningError, EngineError, OSError) as error:
-        logger.warning("Gumiho: no schedule could be measured (%s); the engine starts without speculation", error)
+        logger.warning(
+            "Gumiho: no schedule could be measured (%s); the engine starts without speculation. The next start tries "
+            "again: vllm-gumiho tune measures beforehand, and a number as num_speculative_tokens needs no measurement",
+            error,
+        )
         return None
     return apply(record, request, parallel.data_parallel_size, engine.max_num_seqs)
 
@@ -104,8 +108,16 @@ def stored_or_measured(request: Request, engine: EngineArgs, target: ModelConfig
     except StorageError as error:
         logger.warning("Gumiho: the schedule will not be stored: %s", error)
         return _measure_and_keep(request, engine, target, key)
-    with filelock.FileLock(folder / f".{storage.path_of(key).name}.lock"):
+    lock = filelock.FileLock(folder / f".{storage.path_of(key).name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        logger.info("Gumiho: waiting for another process, which measures this pair")
+        lock.acquire()
+    try:
         return storage.load(key) or _measure_and_keep(request, engine, target, key)
+    finally:
+        lock.release()
 
 
 def _measure_and_keep(request: Request, engine: EngineArgs, target: ModelConfig, key: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +130,13 @@ def _measure_and_keep(request: Request, engine: EngineArgs, target: ModelConfig,
         plan.max_batch,
     )
     begun = time.perf_counter()
-    record = measured_record(request, engine, target, key, plan, logger.debug)
+    try:
+        record = measured_record(request, engine, target, key, plan, logger.debug)
+    except (TuningError, EngineError, OSError) as error:
+        # API servers make this config once more, while the engine loads: they must not measure then.
+        choice = {"most": request.most, "schedule": None, "single": 0, "reason": f"nothing was measured: {error}"}
+        os.environ[SCHEDULE.name] = json.dumps({"format": storage.FORMAT, "key": key} | choice)
+        raise
     try:
         file = str(storage.save(record))
     except StorageError:

@@ -88,10 +88,15 @@ def choose(costs: Costs, margin: float = MARGIN, max_loss: float = MAX_LOSS) -> 
     reason = refusal(gains, margin, max_loss) if any(lengths) else _no_gain(costs)
     if reason is not None:
         return Choice(None, single, reason)
+    reason = f"{gains_in_words(gains)} expected over no speculation"
+    return Choice(ranges(lengths), single, reason, loss_above(costs, max_loss))
+
+
+def loss_above(costs: Costs, max_loss: float) -> str | None:
+    """Why a schedule loses where more requests run than were measured, None where it does not."""
     largest = costs.sizes[-1]
     idle = costs.speedup(0, largest)
-    above = f"{idle:.2f}x expected with K=0 at {largest}, under {1 - max_loss:.2f}x" if idle < 1 - max_loss else None
-    return Choice(ranges(lengths), single, f"{gains_in_words(gains)} expected over no speculation", above)
+    return f"{idle:.2f}x expected with K=0 at {largest}, under {1 - max_loss:.2f}x" if idle < 1 - max_loss else None
 
 
 def ranges(lengths: Sequence[int]) -> list[list[int]]:

@@ -12,7 +12,7 @@ from vllm_gumiho.request.lengths import SCHEDULE, TOKENS
 from vllm_gumiho.request.per_request import CONFIDENT, PER_REQUEST
 from vllm_gumiho.tuning.engine import MeasuringEngine
 from vllm_gumiho.tuning.measure import TOGETHER, Note, costs_of
-from vllm_gumiho.tuning.schedule import confident_schedule, gains_in_words, refusal
+from vllm_gumiho.tuning.schedule import confident_schedule, gains_in_words, loss_above, refusal
 from vllm_gumiho.tuning.settings import Plan
 
 WARM_TOKENS = 2
@@ -36,7 +36,8 @@ def verified(
     if schedule is not None:
         configs["schedule"] = {**speculative, TOKENS: max(length for *_, length in schedule), SCHEDULE: schedule}
     by_request = record["measurement"]["runner"] == "V1"
-    confident = confident_schedule(costs_of(record["measurement"])) if by_request else None
+    costs = costs_of(record["measurement"])
+    confident = confident_schedule(costs) if by_request else None
     if confident is not None:
         lengths = {TOKENS: max(length for *_, length in confident), SCHEDULE: confident}
         configs[CONFIDENT] = {**speculative, **lengths, PER_REQUEST: record["row_cost"]}
@@ -46,17 +47,21 @@ def verified(
         curve = measure_curve(settings, configs, plan, mode, note, plan.limit_s - record["measurement"]["seconds"])
     except (TuningError, EngineError) as error:
         return _withdrawn(record, f"it could not be verified: {error}")
-    return judged(record, curve, plan, confident)
+    return judged(record, curve, plan, confident, loss_above(costs, plan.max_loss))
 
 
 def judged(
-    record: dict[str, Any], curve: Curve, plan: Plan, confident: list[list[int]] | None = None
+    record: dict[str, Any],
+    curve: Curve,
+    plan: Plan,
+    confident: list[list[int]] | None = None,
+    above: str | None = None,
 ) -> dict[str, Any]:
     """The record after its schedule met real requests: ``curve`` is kept as ``verified``.
 
     confident: schedule of drafts whose length goes by request; it is taken, as ``per_request``, where it gains
     ``plan.margin`` at some concurrency, loses no more than ``plan.max_loss`` at any, and is faster on average than what
-    is left.
+    is left.  above: of `schedule.loss_above`, which holds for it too.
 
     A schedule that loses more than ``plan.max_loss`` at some concurrency, or is slower on average, is taken back: the
     record then says no speculation and why, and keeps it as ``withdrawn``.  Its single K goes too, which the same
@@ -78,7 +83,7 @@ def judged(
     if refusal(gains, plan.margin, plan.max_loss) or statistics.geometric_mean(gains.values()) <= best:
         return record
     reason = f"drafts of a length by request: {gains_in_words(gains)} measured"
-    return record | {"schedule": confident, "per_request": record["row_cost"], "reason": reason, "above": None}
+    return record | {"schedule": confident, "per_request": record["row_cost"], "reason": reason, "above": above}
 
 
 def _withdrawn(record: dict[str, Any], why: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from vllm_gumiho.kernels.parallel_heads import (
     new_counters,
     parallel_heads,
 )
-from vllm_gumiho.kernels.parallel_heads.tiling import batch_tile
+from vllm_gumiho.kernels.parallel_heads.tiling import BATCH_TILES, batch_tile
 
 # Weights that a rank must be spared, a draft, for an all-gather of the features to pay.  On the CPU: less than half of
 # the smallest case that was measured to pay (docs/results/kernels.md).  On a data-centre GPU: reading these takes 28 us
@@ -55,7 +55,7 @@ def split_heads(num_heads: int, head_bytes: int, ranks: int, on_cpu: bool) -> bo
 
 
 class ParallelHeads(nn.Module):
-    """Weights of this rank's heads, stacked so that one batched product a stage serves them.
+    """Weights of this rank's heads that some K asks for, stacked so that one batched product a stage serves them.
 
     Where ranks share the heads out, rank r of R has heads r, r + R, ...: the first heads, all that a small K asks for,
     then lie on different ranks.
@@ -70,7 +70,7 @@ class ParallelHeads(nn.Module):
         asked_for: int | None = None,
         weights: torch.dtype | None = None,
     ):
-        """asked_for: how many of the heads the largest K asks for; None is all of them.
+        """asked_for: how many of the heads the largest K asks for, None for all of them; the rest take no memory.
 
         weights: an 8-bit dtype, whose rows have scales; None for ``dtype``.
         """
@@ -83,12 +83,13 @@ class ParallelHeads(nn.Module):
         split = bool(lowest_of_all_ranks([int(split)])[0])
         self.ranks: int = group.world_size if split else 1
         self.rank: int = group.rank_in_group if split else 0
-        own = len(range(self.rank, num_heads, self.ranks))
+        self.used = used
+        own = len(range(self.rank, used, self.ranks))
 
         def parameter(*shape: int, kind: torch.dtype = dtype) -> nn.Parameter:
             # More ranks than heads: one of zeros, that is never asked, keeps every shape whole.
             make = torch.empty if own else torch.zeros
-            return nn.Parameter(make(max(1, own), *shape, dtype=kind), requires_grad=False)
+            return nn.Parameter(make(max(own, min(used, 1)), *shape, dtype=kind), requires_grad=False)
 
         self.first_weight = parameter(hidden_size, num_serial_steps * hidden_size, kind=weights or dtype)
         self.first_bias = parameter(hidden_size)
@@ -110,11 +111,12 @@ class ParallelHeads(nn.Module):
         return len(range(self.rank, count, self.ranks))
 
     def destination(self, head: int, stage: int, kind: str) -> Tensor | None:
-        """View that holds the tensor ``mlp.{head}.{stage}.linear.{kind}``; None where another rank has that head.
+        """View that holds the tensor ``mlp.{head}.{stage}.linear.{kind}``; None where another rank has that head, or
+        no K asks for it.
 
         kind: ``weight``, ``bias``, or ``weight_scale`` of 8-bit rows, ``[H, 1]``.
         """
-        if head % self.ranks != self.rank:
+        if head >= self.used or head % self.ranks != self.rank:
             return None
         own = head // self.ranks
         first, rest = {
@@ -141,8 +143,11 @@ class ParallelHeads(nn.Module):
         own = self.own(count)
         if self._products:
             return self._by_products(m, own)
-        path = self.paths.get((count, batch_tile(m[-1].shape[0])), HeadsPath.BATCHED)
         scales = self.scales.take(own) if self.scales else None
+        tile = batch_tile(m[-1].shape[0])
+        if scales:  # larger batches go in parts of the largest tile: the library would widen the weights at each call
+            tile = min(tile, BATCH_TILES[-1])
+        path = self.paths.get((count, tile), HeadsPath.BATCHED)
         return parallel_heads(m, self.weights.take(own), scales, path=path, counters=self.counters)
 
     def _by_products(self, m: Sequence[Tensor], own: int) -> Tensor:

@@ -190,7 +190,7 @@ class GumihoForCausalLM(TargetHead, LlamaForCausalLM):
         layers = [one for one in self.modules() if type(getattr(one, "scheme", None)) is RowsScheme]
         matrices = [one for one in (self.head_matrix,) if one is not None and not one.packed]
         rows = [EightBitRows(one.weight, one.weight_scale) for one in layers] + [one.rows for one in matrices]
-        kernel = bool(rows) and products_by_kernel(rows, self.max_batch, self.draft_dtype)
+        kernel = bool(rows) and products_by_kernel(rows, self.draft_dtype)
         for one in (*(layer.scheme for layer in layers), *matrices):
             one.kernel = kernel
 
