@@ -15,7 +15,7 @@ from places import PROCESSES
 from vllm_gumiho.drafters import kernel_check
 from vllm_gumiho.drafters import lm_head as lm_head_module
 from vllm_gumiho.drafters.lm_head import EightBitHead, GreedyArgmax, LmHeadShard, argmax_problem, plain_head_problem
-from vllm_gumiho.kernels.eight_bit import dequantise_rows
+from vllm_gumiho.kernels.eight_bit import EIGHT_BIT, MAX_ROWS, dequantise_rows
 
 
 def test_lm_heads_that_need_logits(lm_head):
@@ -78,8 +78,8 @@ def test_rows_of_other_tiles_take_the_library(lm_head):
     assert asked == [(1, False), (16, False), (17, True), (32, True), (33, False), (320, False)]
 
 
-@pytest.mark.parametrize(("kind", "exact"), [(torch.int8, 64), (torch.float8_e4m3fn, 64)])
-def test_many_rows_read_the_targets_own_head_in_place_of_a_copy(lm_head, kind, exact):
+@pytest.mark.parametrize("kind", EIGHT_BIT.values(), ids=EIGHT_BIT)
+def test_many_rows_read_the_targets_own_head_in_place_of_a_copy(lm_head, kind):
     """Two launches over 8-bit rows read what the head itself has, which rounds nothing."""
     lm_head.quant_method.process_weights_after_loading(lm_head)
     copy = EightBitHead(lm_head, kind)
@@ -87,9 +87,9 @@ def test_many_rows_read_the_targets_own_head_in_place_of_a_copy(lm_head, kind, e
     tokens = GreedyArgmax(shard, {16})
     rounded = dequantise_rows(copy.matrix.rows)
     assert (rounded - lm_head.weight).abs().max() > 1e-3
-    for count in (1, exact, exact + 1, 320):
+    for count in (1, MAX_ROWS, MAX_ROWS + 1, 320):
         x = torch.randn(count, 16)
-        logits = x @ (rounded if count <= exact else lm_head.weight).T
+        logits = x @ (rounded if count <= MAX_ROWS else lm_head.weight).T
         for found in (shard.logits(x), copy.quant_method.apply(copy, x)):
             torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
         assert torch.equal(tokens(x), logits[:, :90].argmax(-1))
