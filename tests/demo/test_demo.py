@@ -43,6 +43,7 @@ class Engine:
             "texts": {str(n): f"answer {n} " * self.written for n in numbers},
             "tokens": {str(n): [n + (n == self.wrong)] * self.written for n in numbers},
             "seconds": self.written * self.seconds,
+            "passes": len(numbers) * self.written // 2,
             "left": 0 if self.written == 4 else len(numbers),
         }
 
@@ -89,6 +90,13 @@ def test_the_report_and_what_is_said_of_it():
     shown = console.file.getvalue()
     assert "1.60x" in shown
     assert "40, 20" in shown
+
+
+def test_the_share_that_was_right_is_of_all_that_was_checked():
+    figures = {"1": {"speedup": 1.5, "accepted": 10, "sent": 100}, "4": {"speedup": 1.2, "accepted": 30, "sent": 60}}
+    assert " Of the draft tokens that were checked 25% were right." in in_words(
+        {"rounds": figures, "outputs_equal": True}
+    )
 
 
 @pytest.mark.parametrize(

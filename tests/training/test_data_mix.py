@@ -95,7 +95,7 @@ def folder(tmp_path_factory):
     return made
 
 
-def test_a_stable_run_is_decayed_from_one_of_its_checkpoints(tmp_path, tiny_target, folder):
+def test_a_stable_run_is_decayed_from_one_of_its_checkpoints(tmp_path, tiny_target, folder, caplog):
     ways = {"schedule": "stable", "warmup_ratio": 0.0, "phase": "serial", "shares": ["count=1", "steps=3"]}
     ways["extra"] = {"disable_tqdm": True, "report_to": [], "logging_steps": 1}
     ran = train(recipe(tiny_target, folder, tmp_path / "run", steps=4, **ways))
@@ -117,6 +117,13 @@ def test_a_stable_run_is_decayed_from_one_of_its_checkpoints(tmp_path, tiny_targ
     # The same rows in the same order as the run that it leaves, until the rate differs.
     assert head[3]["loss"] == run[3]["loss"]
     assert head[4]["loss"] == run[4]["loss"]
+    # At another rate from there on, with a warning of rows that are drawn otherwise.
+    slow = {"learning_rate": 1e-4, "seed": 1, "branch_from": branch["branch_from"]}
+    caplog.clear()
+    train(recipe(tiny_target, folder, tmp_path / "slow", steps=4, **ways, **slow))
+    rates = {i: entry["learning_rate"] for i, entry in logged("slow").items()}
+    assert rates == {1: 5e-4, 2: 5e-4, 3: pytest.approx(1e-4), 4: pytest.approx(1e-4)}
+    assert "checkpoint-2 was trained with seed 0, this run has 1" in caplog.text
 
 
 def test_a_branch_needs_a_checkpoint(tmp_path, tiny_target, folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 from pathlib import Path
 
@@ -78,6 +79,31 @@ def test_processes_fill_one_store_at_once(tmp_path):
     assert key_of(np.array([0, 3])) not in store
     with pytest.raises(KeyError):
         store.read(key_of(np.array([0, 3])))
+
+
+def test_a_store_larger_than_memory_is_read(tmp_path):
+    """The file has a hole, which takes no room on disk."""
+    first, last, features = key_of(np.array([1])), key_of(np.array([2])), torch.arange(8.0).view(2, 4)
+    store = FeatureStore(tmp_path, "t", 4)
+    store.append([(first, features)])
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    os.truncate(tmp_path / "t.features", 8 * memory)
+    store.append([(last, features + 9)])
+    for key, wanted in ((first, features), (last, features + 9)):
+        found = store.read(key)
+        assert torch.equal(found, wanted.bfloat16())
+        found.zero_()  # a copy
+        assert torch.equal(store.read(key), wanted.bfloat16())
+
+
+def test_features_of_a_target_that_was_tuned_are_others(tmp_path, tiny_target):
+    """One layer's query projection, as a merged adapter changes it."""
+    target = open_target(str(tiny_target), str(tmp_path), torch.device("cpu"))
+    name = target._fingerprint()
+    assert open_target(str(tiny_target), str(tmp_path), torch.device("cpu"))._fingerprint() == name
+    with torch.no_grad():
+        target.model.model.layers[0].self_attn.q_proj.weight.mul_(1.01)
+    assert target._fingerprint() != name
 
 
 def test_a_store_that_was_filled_ahead_is_all_that_training_needs(monkeypatch, tmp_path, tiny_target):

@@ -78,6 +78,29 @@ def test_training_refuses_answers_to_evaluation_prompts(tmp_path, evaluation, em
         refuse_evaluation_prompts(samples, str(embedded_target), [str(evaluation)])
 
 
+def test_training_finds_short_evaluation_prompts_within_the_template(tmp_path, evaluation, embedded_target):
+    """Each is all that the user said, in the first turn or a later one; words within a turn are none."""
+    from vllm_gumiho.training.decontaminate import refuse_evaluation_prompts
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_target)
+
+    def talk(name, *turns):
+        said = Conversation(name, list(turns))
+        for _ in turns:
+            said.hear(tokenizer, said.ask(tokenizer, 500), [*tokenizer.encode("Hi"), tokenizer.eos_token_id])
+        return {"id": name, "turns": said.turns}
+
+    talks = [
+        talk("fine", "Say hi.", "And shorter?"),
+        talk("first", " hi!"),
+        talk("later", "Say a word.", "shorter", "Why?"),
+    ]
+    samples = read_samples([write_lines(tmp_path / "talks.jsonl", talks)], 49152)
+    with pytest.raises(DataError, match=r"2 of 6 .* prompts: first \(is set:2\), later \(is set:e1\); take"):
+        refuse_evaluation_prompts(samples, str(embedded_target), [str(evaluation)])
+    refuse_evaluation_prompts(samples[:1], str(embedded_target), [str(evaluation)])
+
+
 def test_missing_evaluation_prompts_are_an_error(tmp_path):
     with pytest.raises(DataError, match="no evaluation prompts there"):
         EvaluationPrompts.read([tmp_path])

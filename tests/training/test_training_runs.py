@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from runs import train_rows, write_answers
 from vllm_gumiho.checkpoint.tensors import D2T
 from vllm_gumiho.drafters.checkpoints import open_checkpoint
 from vllm_gumiho.errors import FigureError, RecipeError
+from vllm_gumiho.training import trainer
+from vllm_gumiho.training.callbacks import TimedCheckpoints
 from vllm_gumiho.training.curves import plot_curves, read_curves
 from vllm_gumiho.training.provenance import made_with, read_recipe
 from vllm_gumiho.training.recipe import Recipe
@@ -206,6 +209,40 @@ def test_a_wrong_setting_is_named(tmp_path, tiny_target, data, changes, message)
     with pytest.raises(RecipeError, match=message):
         train(recipe(tiny_target, data, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_does_not_begin_where_another_has_checkpoints(tmp_path, tiny_target, data):
+    """Killed before its first own checkpoint, it would be resumed from the other's."""
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("{}")
+    with pytest.raises(RecipeError, match="has checkpoints of a run; go on with it by --resume, or give another --out"):
+        train(recipe(tiny_target, data, tmp_path))
+
+
+def test_one_process_trains_on_one_of_several_gpus(monkeypatch, tmp_path, caplog):
+    """transformers would wrap the model into nn.DataParallel, whose threads share one target."""
+    real = trainer.TrainingArguments
+
+    def with_gpus(**settings):
+        made = real(**settings)
+        made._n_gpu = 4
+        return made
+
+    monkeypatch.setattr(trainer, "TrainingArguments", with_gpus)
+    assert trainer._arguments(recipe(tmp_path, tmp_path, tmp_path)).n_gpu == 1
+    assert "training on one of 4 GPUs; accelerate launch or torchrun takes all of them" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("minutes", "first", "saves"), [(1e9, 1, True), (0, 0, False), (1e9, None, False), (0, None, True)]
+)
+def test_the_clock_of_the_first_process_decides_for_all(monkeypatch, minutes, first, saves):
+    """first: what that one says; None where there is no other."""
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda said, rank: said.fill_(first))
+    clock, control = TimedCheckpoints(minutes), SimpleNamespace(should_save=False)
+    args = SimpleNamespace(world_size=1 if first is None else 2, device=torch.device("cpu"))
+    clock.on_step_end(args, None, control)
+    assert control.should_save is saves
 
 
 def test_resuming_needs_a_checkpoint(tmp_path, tiny_target, data):

@@ -150,9 +150,21 @@ def test_a_line_that_a_kill_cut_off_is_taken_away_and_one_without_its_end_is_kep
         (line.replace('"a"', '"b"'), {"a", "b"}),
     ):
         file.write_text(f"{line}\n{rest}")
-        assert known_ids(file) == ids
+        assert known_ids(file, "any") == ids
         assert len(file.read_text().splitlines()) == len(ids)
         assert file.read_text().endswith("}\n")
+
+
+def test_answers_of_another_target_are_not_added_to(take, tmp_path):
+    """Lines name it; older ones, which do not, are taken for this one's."""
+    take([TALK])
+    (line,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert line["target"] == "SmolLM2-135M-Instruct"
+    text = json.dumps(line | {"target": "Other-1B"}) + "\n"
+    (tmp_path / "out.jsonl").write_text(text)
+    with pytest.raises(DataError, match=r"holds answers of Other-1B, not SmolLM2-135M-Instruct; give another --output"):
+        take([TALK])
+    assert (tmp_path / "out.jsonl").read_text() == text
 
 
 @pytest.mark.parametrize(

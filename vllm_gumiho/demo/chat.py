@@ -130,8 +130,8 @@ def _report(rounds: dict[int, dict[str, Run]], started: dict[str, Any], equal: b
             "tokens_per_s_off": off.speed,
             "tokens_per_s_on": on.speed,
             "speedup": ratio(on.speed, off.speed),
-            # Each pass gives a request one token of the target's own.
-            "tokens_per_pass": ratio(on.written, on.written - counts.accepted_tokens),
+            # Accepted tokens behind the end of an answer are counted and not written.
+            "tokens_per_pass": ratio(on.written, on.passes),
             "drafts": counts.drafts,
             "sent": counts.draft_tokens,
             "accepted": counts.accepted_tokens,

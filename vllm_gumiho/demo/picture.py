@@ -25,6 +25,7 @@ class Run:
     tokens: dict[int, list[int]] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
+    passes: int = 0
     counts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -40,6 +41,7 @@ class Run:
         self.tokens |= {int(number): tokens for number, tokens in found["tokens"].items()}
         self.texts |= {int(number): text for number, text in found["texts"].items()}
         self.seconds += found["seconds"]
+        self.passes += found["passes"]
 
 
 class Picture:
@@ -117,8 +119,8 @@ def in_words(report: dict[str, Any]) -> str:
     """How much faster, at which load, and why not more."""
     rounds = report["rounds"]
     loads = [f"{figures['speedup']:.2f}x as fast with {at_once} at a time" for at_once, figures in rounds.items()]
-    right = [figures["accepted"] / figures["sent"] for figures in rounds.values() if figures["sent"]]
-    share = f" Of the draft tokens that were checked {sum(right) / len(right):.0%} were right." if right else ""
+    sent, accepted = (sum(figures[name] for figures in rounds.values()) for name in ("sent", "accepted"))
+    share = f" Of the draft tokens that were checked {accepted / sent:.0%} were right." if sent else ""
     speedups = [figures["speedup"] for figures in rounds.values()]
     if max(speedups) < 1.02:
         why = " This target is so small that checking drafts costs about what they save."

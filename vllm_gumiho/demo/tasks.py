@@ -23,7 +23,7 @@ class Chat:
     def _clear(self) -> None:
         self.texts: dict[int, str] = {}
         self.tokens: dict[int, list[int]] = {}
-        self.seconds = 0.0
+        self.seconds, self.passes = 0.0, 0
 
     def begin(self, numbers: list[int], max_tokens: int) -> None:
         """Ask these of the built-in questions at once, each for a greedy answer."""
@@ -35,10 +35,14 @@ class Chat:
             self.stream.send(number, render(tokenizer, [{"role": "user", "content": QUESTIONS[number]}]), sampling)
 
     def advance(self, seconds: float) -> dict[str, Any]:
-        """Go on for about so long: ``texts`` and ``tokens`` by question so far, and the ``seconds`` they took."""
+        """Go on for about so long: ``texts`` and ``tokens`` by question so far, and the ``seconds`` they took.
+
+        passes: of the target that gave a question tokens, each question's counted.
+        """
         begun = now = time.perf_counter()
         while len(self.stream) and now - begun < seconds:
             for number, output in self.stream.step():
+                self.passes += 1
                 self.texts[number] = output.outputs[0].text
                 self.tokens[number] = list(output.outputs[0].token_ids)
             now = time.perf_counter()
@@ -47,6 +51,7 @@ class Chat:
             "texts": {str(number): text for number, text in self.texts.items()},
             "tokens": {str(number): tokens for number, tokens in self.tokens.items()},
             "seconds": self.seconds,
+            "passes": self.passes,
             "left": len(self.stream),
         }
 

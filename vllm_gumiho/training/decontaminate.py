@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from vllm_gumiho.engines.prompts import read_prompts
+from vllm_gumiho.engines.prompts import read_prompts, render
 from vllm_gumiho.errors import DataError
 from vllm_gumiho.files import json_lines_files
 from vllm_gumiho.training.data import Sample
@@ -80,17 +81,42 @@ class EvaluationPrompts:
         return checked
 
 
+def _frames(tokenizer: Any) -> list[tuple[str, str]]:
+    """What the target's template writes before and after a first user turn and a later one, normalised."""
+    user, answer, later = "zqfirstturn", "zqanswertoit", "zqlaterturn"
+    roles = (("user", user), ("assistant", answer), ("user", later))
+    talk = [{"role": role, "content": text} for role, text in roles]
+    try:
+        first, whole = (
+            normalise(tokenizer.decode(render(tokenizer, messages), skip_special_tokens=True))
+            for messages in (talk[:1], talk)
+        )
+    except Exception:  # a template is a program, and there may be none
+        return [("", "")] * 2
+    before, _, after = first.partition(user)
+    between, _, end = whole.partition(answer)[2].partition(later)
+    return [(before, after), (between, end)]
+
+
+def _bare(text: str, before: str, after: str) -> str:
+    """The normalised text of a user turn, without what a template puts around it."""
+    text = normalise(text)
+    framed = len(text) >= len(before) + len(after) and text.startswith(before) and text.endswith(after)
+    return text[len(before) : len(text) - len(after)] if framed else text
+
+
 def refuse_evaluation_prompts(samples: list[Sample], target: str, paths: Iterable[str]) -> None:
     """Raises: DataError when the decoded prompt of a sample holds an evaluation prompt, or an answer does."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target)
-    prompts = EvaluationPrompts.read(paths)
+    prompts, frames = EvaluationPrompts.read(paths), _frames(tokenizer)
 
     def texts(part: int) -> Iterator[tuple[str, str]]:
         for sample in samples:
-            for turn in sample.turns:
-                yield sample.id, tokenizer.decode(turn[part], skip_special_tokens=True)
+            for number, turn in enumerate(sample.turns):
+                text = tokenizer.decode(turn[part], skip_special_tokens=True)
+                yield sample.id, text if part else _bare(text, *frames[min(number, 1)])
 
     checked = prompts.refuse(texts(0), texts(1))
     logger.warning(

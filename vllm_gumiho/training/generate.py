@@ -132,7 +132,7 @@ def generate_answers(
     limit: int = 0,
     **engine: Any,
 ) -> dict[str, int]:
-    """Append one line ``{"id", "temperature", "turns"}`` a conversation to ``output``; ids it has are skipped.
+    """Append a line ``{"id", "target", "temperature", "turns"}`` a conversation to ``output``; ids it has are skipped.
 
     A conversation is written as it ends, and the next one takes its place in the engine's batch at once.  A run that
     was stopped, limited or split in shards draws what the whole run draws, but where batches of other sizes round a
@@ -156,7 +156,7 @@ def generate_answers(
     if evaluation_prompts:
         evaluation = EvaluationPrompts.read(evaluation_prompts)
         counts["checked"] = evaluation.refuse((prompt.id, turn) for prompt in prompts for turn in prompt.turns)
-    known = known_ids(output)
+    known = known_ids(output, Path(target).name)
     todo = [prompt for prompt in prompts if prompt.id not in known][: limit or None]
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = {"max_num_seqs": 96, "max_model_len": questions.longest + questions.max_tokens, **engine}
@@ -179,7 +179,8 @@ def generate_answers(
                 counts[talk.lost] += 1
             if not talk.turns:
                 continue
-            record = {"id": talk.id, "temperature": questions.temperature(talk.id), "turns": talk.turns}
+            record = {"id": talk.id, "target": Path(target).name, "temperature": questions.temperature(talk.id)}
+            record["turns"] = talk.turns
             file.write(json.dumps(record) + "\n")
             file.flush()
             counts["conversations"] += 1
@@ -225,10 +226,12 @@ def _sampling(questions: Questions, name: str, turn: int) -> SamplingParams:
     )
 
 
-def known_ids(output: Path) -> set[str]:
+def known_ids(output: Path, target: str) -> set[str]:
     """Ids of the lines of a file of answers; a last line that a kill cut off is taken away.
 
-    Raises: DataError for a file of anything else, which stays as it is.
+    target: its name, which lines have; those that were written before they had one are taken for its answers.
+
+    Raises: DataError for a file of anything else or of another target's answers, which stays as it is.
     """
     if not output.is_file():
         return set()
@@ -236,12 +239,16 @@ def known_ids(output: Path) -> set[str]:
     whole = text[: text.rfind("\n") + 1]
     rest = text[len(whole) :]
     try:
-        ids = {_id_of(line) for _, line in lines_of(whole)}
+        lines = [json.loads(line) for _, line in lines_of(whole)]
         if rest and not _is_cut_off(rest):
-            ids.add(_id_of(rest))
+            lines.append(json.loads(rest))
             whole = f"{text}\n"
+        ids = {_id_of(line) for line in lines}
+        others = {str(line.get("target", target)) for line in lines} - {target}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{output}: holds a line that is no answer ({error!r}); give another --output") from error
+    if others:
+        raise DataError(f"{output}: holds answers of {', '.join(sorted(others))}, not {target}; give another --output")
     if whole != text:
         write_text(output, whole)
     return ids
@@ -256,9 +263,8 @@ def _is_cut_off(line: str) -> bool:
     return False
 
 
-def _id_of(line: str) -> str:
-    """Raises: ValueError, KeyError or TypeError for a line that is no answer's."""
-    record = json.loads(line)
+def _id_of(record: Any) -> str:
+    """Raises: ValueError, KeyError or TypeError for a record that is no answer's."""
     for turn in record["turns"]:
         turn["prompt"], turn["answer"]
     return str(record["id"])

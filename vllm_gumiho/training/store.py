@@ -61,8 +61,8 @@ class FeatureStore:
 
     def _vectors_at(self, first: int, count: int) -> np.ndarray:
         if first + count > len(self._map):
-            # Private pages: torch wants memory that may be written, and the file is never written through the map.
-            self._map = np.memmap(self._data, np.uint16, "c", shape=(self._vectors(), self.width))
+            # Pages that could be written would have to fit into memory, all of them.
+            self._map = np.memmap(self._data, np.uint16, "r", shape=(self._vectors(), self.width))
         return self._map[first : first + count]
 
     def __len__(self) -> int:
@@ -70,11 +70,11 @@ class FeatureStore:
         return len(self._places)
 
     def read(self, key: bytes) -> Tensor:
-        """Features ``[tokens, width]``, bfloat16, in memory of the map.  Raises: KeyError where there are none."""
+        """Features ``[tokens, width]``, bfloat16, a copy.  Raises: KeyError where there are none."""
         if key not in self:
             raise KeyError(key.hex())
         first, count, _ = self._places[key]
-        return torch.from_numpy(self._vectors_at(first, count)).view(torch.bfloat16)
+        return torch.from_numpy(self._vectors_at(first, count).copy()).view(torch.bfloat16)
 
     def append(self, items: Iterable[tuple[bytes, Tensor]]) -> None:
         """Add features ``[tokens, width]`` of sequences.  What a kill cuts off is not whole, and computed again."""

@@ -26,6 +26,8 @@ from vllm_gumiho.training.target_model import load_target, passes_alone
 # Sequences of one pass are padded to the longest: the shortest has at least that share of its length.  A GPU pads more
 # for a target of few parameters: its passes are as long as their launches take, and a step's sequences are many passes.
 ALIKE, _ALIKE_ON_GPU, _FEW = 0.7, 0.35, 1_000_000_000
+# About so many values of each parameter tell targets apart.
+SAMPLED = 256
 # Tokens of one pass, padding included, and of what is computed before it is stored; times that on a GPU.
 PASS_TOKENS, FILL_TOKENS, _ON_GPU = 4096, 8192, 8
 
@@ -236,10 +238,12 @@ class FrozenTarget:
         self._alone = passes_alone(self.model.config)
 
     def _fingerprint(self) -> str:
-        """Tells targets apart by their config and the bits of one weight matrix."""
-        last = [p for p in self.model.base_model.parameters() if p.ndim == 2][-1].detach()
+        """Tells targets apart by their config and by values of every parameter, which may be tuned apart."""
         digest = hashlib.sha256(repr(sorted(self.model.config.to_diff_dict().items())).encode())
-        digest.update(last.float().cpu().numpy().tobytes())
+        for name, parameter in sorted(self.model.base_model.named_parameters()):
+            values = parameter.detach().flatten()
+            some = values[:: max(1, len(values) // SAMPLED)].float().cpu()
+            digest.update(name.encode() + some.numpy().tobytes())
         if not self.reads_last_state:
             digest.update(b"what the LM head reads")
         return digest.hexdigest()[:16]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import (
-    EarlyStoppingCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from vllm_gumiho.errors import DataError, RecipeError
 from vllm_gumiho.files import write_json
+from vllm_gumiho.training.callbacks import ExportCallback, TimedCheckpoints, drafter_tensors, export
 from vllm_gumiho.training.data import (
     CUT_AWAY,
     PackedRows,
@@ -33,9 +26,8 @@ from vllm_gumiho.training.data import (
 )
 from vllm_gumiho.training.decontaminate import refuse_evaluation_prompts
 from vllm_gumiho.training.metrics import acceptance_metrics
-from vllm_gumiho.training.model import TrainingModel
 from vllm_gumiho.training.optimizer import MuonWithAdamW, apart
-from vllm_gumiho.training.provenance import made_with, write_recipe
+from vllm_gumiho.training.provenance import made_with, read_recipe
 from vllm_gumiho.training.recipe import Recipe
 from vllm_gumiho.training.recipes import kind_of, new_drafter, objective_of
 from vllm_gumiho.training.speed import SpeedMeter, training_flops
@@ -43,6 +35,7 @@ from vllm_gumiho.training.start import start
 from vllm_gumiho.training.target import open_target
 from vllm_gumiho.training.target_model import refuse_placeholders
 
+STATE = "trainer_state.json"
 logger = logging.getLogger("vllm_gumiho")
 
 
@@ -76,6 +69,16 @@ class DrafterTrainer(Trainer):
             apart(optimizer, fc, rate * self.args.learning_rate)
         return optimizer
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The checkpoint's state, at the rates of this run: optimiser and schedule save those they were made with."""
+        rates = list(self.lr_scheduler.base_lrs)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        saved, self.lr_scheduler.base_lrs = self.lr_scheduler.base_lrs, rates
+        for group, rate, before in zip(self.optimizer.param_groups, rates, saved, strict=True):
+            group["initial_lr"] = rate
+            group["lr"] *= rate / before if before else 1.0
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
+
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         if self._meter is None:
             dtype = torch.bfloat16 if self.model.bf16 else torch.float32
@@ -107,57 +110,6 @@ class DrafterTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class TimedCheckpoints(TrainerCallback):
-    """Makes a checkpoint when the last one is some minutes old: steps take longer on a machine that others use."""
-
-    def __init__(self, minutes: float):
-        self.seconds, self.last = 60 * minutes, time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if time.monotonic() - self.last > self.seconds:
-            control.should_save = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.last = time.monotonic()
-
-
-class ExportCallback(TrainerCallback):
-    """Writes the drafter, ready to serve, beside each Trainer checkpoint, and tells the model how far the run is."""
-
-    def __init__(self, recipe: Recipe, model: TrainingModel, made: dict[str, Any]):
-        """made: what `made_with` returned."""
-        self.recipe, self.model, self.made = recipe, model, made
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.model.progress = state.global_step / max(1, state.max_steps)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        tensors = drafter_tensors(self.model)
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "drafter"
-            export(tensors, self.model, self.recipe, self.made, folder)
-
-
-def drafter_tensors(model: TrainingModel) -> dict[str, Tensor]:
-    """The drafter's whole tensors on the CPU; every process has to ask, since FSDP gathers them from all."""
-    tensors = {}
-    for name, value in model.drafter.state_dict().items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        tensors[name] = whole.detach().cpu().contiguous()
-    return tensors
-
-
-def export(
-    tensors: dict[str, Tensor], model: TrainingModel, recipe: Recipe, made: dict[str, Any], folder: Path
-) -> None:
-    """Write the drafter's tensors in the format the engine serves it from, with recipe.json beside it.
-
-    made: what `made_with` returned.
-    """
-    model.drafter.save(folder, tensors, recipe.target, model.objective.vocabulary)
-    write_recipe(folder / "recipe.json", recipe, made)
-
-
 def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     """Run a training run, or go on from its last checkpoint; returns the final held-out metrics.
 
@@ -167,8 +119,14 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     kind = kind_of(recipe)
     set_seed(recipe.seed)
     last = last_checkpoint(Path(recipe.output)) if resume else recipe.branch_from
-    if last is not None and not Path(last, "trainer_state.json").is_file():
+    if last is not None and not Path(last, STATE).is_file():
         raise RecipeError(f"branch_from {last}: no whole checkpoint there; give a run's folder checkpoint-N")
+    if not resume and any(Path(recipe.output).glob(f"checkpoint-*/{STATE}")):
+        raise RecipeError(
+            f"{recipe.output}: has checkpoints of a run; go on with it by --resume, or give another --output"
+        )
+    if last is not None:
+        _tell_of_other_rows(recipe, Path(last))
     # Before the arguments start a process group: under FSDP all but one process would then read no weights.
     target = open_target(
         recipe.target, recipe.feature_cache, torch.device("cpu"), lambda config: kind.layers(recipe, config)
@@ -196,7 +154,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
     frequent = frequent[counts[frequent] > 0]
     if vocabulary is not None:
         frequent = frequent[torch.isin(frequent, vocabulary)]
-    drafter = new_drafter(recipe, text_config)
+    drafter = new_drafter(recipe, text_config).to(arguments.device)
     # Weights of a checkpoint take the place of any start.
     start(drafter, replace(recipe, init="random", init_from=None) if last else recipe, target, train_rows)
     if recipe.rate_of_fc == 0:
@@ -232,7 +190,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         final = Path(recipe.output) / "final"
         export(tensors, training_model, recipe, made, final)
         write_json(final / "metrics.json", metrics)
-        trainer.state.save_to_json(str(final / "trainer_state.json"))
+        trainer.state.save_to_json(str(final / STATE))
     # Left to the end of the process, threads of a process group abort it now and then, though all is done.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
@@ -261,10 +219,23 @@ def last_checkpoint(output: Path) -> str:
 
     Raises: RecipeError when there is none.
     """
-    whole = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
+    whole = [path.parent for path in output.glob(f"checkpoint-*/{STATE}")]
     if not whole:
         raise RecipeError(f"{output}: no checkpoint to resume from; start without --resume")
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
+
+
+def _tell_of_other_rows(recipe: Recipe, checkpoint: Path) -> None:
+    """Warn where another draw of the held-out conversations may hold out some that the checkpoint was trained on."""
+    file = checkpoint / "drafter" / "recipe.json"
+    before = read_recipe(file)[0] if file.is_file() else recipe
+    for name in ("seed", "held_out"):
+        then, now = getattr(before, name), getattr(recipe, name)
+        if then != now:
+            logger.warning(
+                "%s was trained with %s %s, this run has %s: what it is measured on may have been trained on",
+                checkpoint, name, then, now,
+            )  # fmt: skip
 
 
 def _arguments(recipe: Recipe) -> TrainingArguments:
@@ -290,7 +261,11 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
             "greater_is_better": True,
             "restore_callback_states_from_checkpoint": True,
         }
-    return TrainingArguments(**(settings | recipe.extra))
+    arguments = TrainingArguments(**(settings | recipe.extra))
+    if (visible := arguments.n_gpu) > 1:
+        logger.warning("training on one of %d GPUs; accelerate launch or torchrun takes all of them", visible)
+        arguments._n_gpu = 1  # Trainer would split each batch among them by nn.DataParallel
+    return arguments
 
 
 def _shuffled(samples: list[Sample], seed: int) -> list[Sample]:

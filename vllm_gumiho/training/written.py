@@ -66,7 +66,7 @@ def take_answers(
             ((prompt.id, turn) for prompt in prompts for turn in prompt.turns),
             ((prompt.id, answer) for prompt in prompts for answer in prompt.answers),
         )
-    known = known_ids(output)
+    known = known_ids(output, Path(target).name)
     tokenizer = AutoTokenizer.from_pretrained(target)
     if not tokenizer.chat_template:
         raise DataError(f"{target}: its tokenizer has no chat template; give a chat model")
@@ -77,7 +77,7 @@ def take_answers(
                 counts[talk.lost] += 1
             if not talk.turns:
                 continue
-            file.write(json.dumps({"id": talk.id, "turns": talk.turns}) + "\n")
+            file.write(json.dumps({"id": talk.id, "target": Path(target).name, "turns": talk.turns}) + "\n")
             counts["conversations"] += 1
             counts["answer_tokens"] += sum(len(turn["answer"]) for turn in talk.turns)
     return counts
