@@ -205,7 +205,10 @@ def linear_reports(target: str, hidden: int, batch: int, dtype: str, weights: st
 
     device = TARGETS[target]
     for rows, columns in ((hidden, 2 * hidden), (128256, hidden)):
-        tiling = choose_linear_tiling(batch, rows, columns, device.processors, device.amd, device.packed)
+        small = device.shared_per_processor < 128 << 10
+        tiling = choose_linear_tiling(
+            batch, rows, columns, device.processors, device.amd, device.packed, small_shared=small
+        )
         constants = {
             "K": columns,
             "SPLITS": tiling.splits,

@@ -86,18 +86,19 @@ class LinearTiling:
 
 def choose_linear_tiling(
     batch: int, rows: int, columns: int, processors: int, amd: bool = False, packed: bool = True,
-    native_fp8: bool = False,
+    native_fp8: bool = False, small_shared: bool = False,
 ) -> LinearTiling:  # fmt: skip
     """Tiles of 64 rows, in which a code lies in one warp alone; as many parts of k as give each processor two programs.
 
-    A part has at least four blocks of k, so that its loads overlap.
+    A part has at least four blocks of k, so that its loads overlap.  small_shared: 100 KiB of shared memory a processor
+    or less, of which more tiles at once would ask too much (96 KiB and more for float32 inputs).
     """
     block_b, block_k = max(16, 1 << (batch - 1).bit_length()), 128
     tiles, blocks = -(-rows // 64), -(-columns // block_k)
     wanted = max(1, min(-(-2 * processors // tiles), blocks // 4))
     each = -(-blocks // wanted)
     # At 32 inputs a fifth tile spills on cuda:80, and four warps do.
-    depth = 2 if amd else 5 if block_b == 16 else 4
+    depth = 2 if amd or small_shared else 5 if block_b == 16 else 4
     warps = 8 if block_b == 32 and not amd else 4
     return LinearTiling(64, block_b, block_k, depth, -(-blocks // each), warps, packed, native_fp8)
 
@@ -106,10 +107,12 @@ def _tiling(x: Tensor, rows: EightBitRows) -> LinearTiling:
     if x.device.type == "cpu":
         return choose_linear_tiling(x.shape[0], *rows.weight.shape, processors=2, packed=False)
     index = x.device.index or 0
-    processors = torch.cuda.get_device_properties(index).multi_processor_count
-    amd = torch.version.hip is not None
+    properties, amd = torch.cuda.get_device_properties(index), torch.version.hip is not None
+    small = properties.shared_memory_per_multiprocessor < 128 << 10
     native = amd and converts_e4m3(capability(index))
-    return choose_linear_tiling(x.shape[0], *rows.weight.shape, processors, amd, not amd, native)
+    return choose_linear_tiling(
+        x.shape[0], *rows.weight.shape, properties.multi_processor_count, amd, not amd, native, small
+    )
 
 
 def rows_linear_triton(

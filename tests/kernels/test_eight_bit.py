@@ -234,6 +234,18 @@ class TestKernels:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
+def test_tiles_of_float32_fit_into_100_kib():
+    """Of an L4, an A10 or a consumer's card, where more tiles at once would be refused at the launch."""
+    code = """
+from vllm_gumiho.kernels import aot
+aot.TARGETS["cuda:89"] = aot.Device(58, 100 << 10, 99 << 10)
+print(next(aot.linear_reports("cuda:89", 1024, 64, "fp32", "int8")).shared)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert 0 < int(done.stdout) <= 99 << 10
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
 def test_each_weight_is_converted_once(tmp_path):
     """Counted in the compiled code, of each place where a tile is multiplied; none by the slow conversion."""
     code = """

@@ -191,7 +191,7 @@ def test_what_gumiho_cannot_do_is_refused(spec, parallel, said, checkpoint, cach
 
 
 @pytest.mark.parametrize(("group", "servers"), [
-    ({"nnodes": 2}, "2 nodes"),
+    ({"nnodes": 2}, "2 nodes"), ({"distributed_executor_backend": "external_launcher"}, "the engines of a launcher"),
     ({"data_parallel_size": 4, "data_parallel_size_local": 2}, "servers of 2 among 4 ranks"),
     ({"data_parallel_size": 2, "data_parallel_size_local": 0}, "servers of 0 among 2 ranks"),
     ({"data_parallel_size": 4, "data_parallel_size_local": 4}, None),

@@ -13,6 +13,7 @@ PARALLEL = SimpleNamespace(
     pipeline_parallel_size=1,
     decode_context_parallel_size=1,
     nnodes=1,
+    distributed_executor_backend="mp",
     data_parallel_size=1,
     data_parallel_size_local=1,
     data_parallel_backend="mp",

@@ -20,7 +20,7 @@ from vllm_gumiho.cli import app
 from vllm_gumiho.drafters import PER_REQUEST
 from vllm_gumiho.errors import CheckpointError, EngineError, FigureError, StorageError, TuningError
 from vllm_gumiho.request import resolve
-from vllm_gumiho.tuning import auto, tasks, verify
+from vllm_gumiho.tuning import auto, storage, tasks, verify
 from vllm_gumiho.tuning.engine import MeasuringEngine
 from vllm_gumiho.tuning.measure import costs_of, engine_settings, record_of
 from vllm_gumiho.tuning.plot import plot_curve
@@ -87,9 +87,18 @@ def test_a_measuring_process_that_fails_is_a_warning_and_no_speculation(checkpoi
     assert not list(cache.glob("*.json"))
     # API servers make the config again, beside the engine: they are told.
     caplog.set_level(logging.INFO, "vllm.vllm_gumiho")
-    monkeypatch.setattr(auto, "measure", lambda *given: pytest.fail("measured again"))
-    assert settle(checkpoint) is None
-    assert "by measurement on this machine (nothing was measured: the measuring engine failed" in caplog.text
+    with monkeypatch.context() as child:
+        child.setattr(storage.os, "getpid", lambda: -1)
+        child.setattr(auto, "measure", lambda *given: pytest.fail("measured again"))
+        assert settle(checkpoint) is None
+        assert "by measurement on this machine (nothing was measured: the measuring engine failed" in caplog.text
+        record = stored(checkpoint)
+        assert settle(checkpoint)["num_speculative_tokens_per_batch_size"] == record["schedule"]
+        path_of(record["key"]).unlink()
+    # Who failed may try again.
+    monkeypatch.setattr(auto, "measure", lambda *given: measurement(one=(10.3, 12.0)))
+    monkeypatch.setattr(auto, "verified", lambda record, *given: record)
+    assert settle(checkpoint)["num_speculative_tokens_per_batch_size"] == [[1, 2, 1], [3, 3, 0]]
 
 
 def test_a_server_that_waits_for_anothers_measurement_says_so(checkpoint, cache, caplog):

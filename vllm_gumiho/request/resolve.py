@@ -196,6 +196,8 @@ def _tell_of_shorter_drafts(spec: dict[str, Any], target: ModelConfig) -> None:
 
 def _choose_apart(parallel: ParallelConfig) -> str | None:
     """What makes a config of its own in each part of the group, None where one process makes it for all."""
+    if parallel.distributed_executor_backend == "external_launcher":
+        return "the engines of a launcher"
     if parallel.nnodes > 1:
         return f"{parallel.nnodes} nodes"
     size, local = parallel.data_parallel_size, parallel.data_parallel_size_local

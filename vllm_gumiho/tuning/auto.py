@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from vllm_gumiho.env import SCHEDULE
 from vllm_gumiho.errors import EngineError, StorageError, TuningError
 from vllm_gumiho.request.per_request import PER_REQUEST
 from vllm_gumiho.request.resolve import Request
@@ -134,14 +131,13 @@ def _measure_and_keep(request: Request, engine: EngineArgs, target: ModelConfig,
         record = measured_record(request, engine, target, key, plan, logger.debug)
     except (TuningError, EngineError, OSError) as error:
         # API servers make this config once more, while the engine loads: they must not measure then.
-        choice = {"most": request.most, "schedule": None, "single": 0, "reason": f"nothing was measured: {error}"}
-        os.environ[SCHEDULE.name] = json.dumps({"format": storage.FORMAT, "key": key} | choice)
+        storage.leave_to_children(storage.failed(key, request.most, f"nothing was measured: {error}"))
         raise
     try:
         file = str(storage.save(record))
     except StorageError:
         file = "the environment of this process and its children"
-        os.environ[SCHEDULE.name] = json.dumps(record)
+        storage.leave_to_children(record)
     logger.info("Gumiho: measured in %.0f s, kept in %s", time.perf_counter() - begun, file)
     return record
 

@@ -69,8 +69,10 @@ def measure(
     def start(arguments: dict[str, Any]) -> MeasuringEngine:
         return MeasuringEngine(arguments, max(0.0, plan.limit_s - (time.perf_counter() - begun)))
 
-    def drafting(length: int) -> MeasuringEngine:
-        schedule = [[1, plan.max_batch, length]]
+    def drafting(group: list[int]) -> MeasuringEngine:
+        # The longest at every batch size.  The others stand behind: kernels are chosen for the lengths of a schedule.
+        others = enumerate(group[:-1], plan.max_batch + 1)
+        schedule = [[1, plan.max_batch, group[-1]], *([size, size, length] for size, length in others)]
         config = {**speculative, TOKENS: most, SCHEDULE: schedule}
         return start({**settings, "speculative_config": config})
 
@@ -82,7 +84,7 @@ def measure(
 
     note("starting")
     if mode == TOGETHER:
-        with start(settings) as plain, drafting(most) as engine:
+        with start(settings) as plain, drafting(list(range(most + 1))) as engine:
             runner = str(engine.started["model_runner"])
             accepted = engine.ask("acceptance", tokens=plan.tokens)
             for _, batch in itertools.product(range(plan.repeats), plan.batches):
@@ -92,7 +94,7 @@ def measure(
     else:
         runner = off_cells((plan.repeats + 1) // 2)
         for group in [list(range(most + 1))] if mode == ONE else [[length] for length in range(most + 1)]:
-            with drafting(group[-1]) as engine:
+            with drafting(group) as engine:
                 if most in group:
                     accepted = engine.ask("acceptance", tokens=plan.tokens)
                 for _, batch, length in itertools.product(range(plan.repeats), plan.batches, group):

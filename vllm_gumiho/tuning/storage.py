@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 FORMAT = 2
+FAILED_IN = "failed_in"
 logger = logging.getLogger("vllm.vllm_gumiho")
 
 
@@ -77,27 +79,49 @@ def path_of(key: dict[str, Any]) -> Path:
 
 
 def load(key: dict[str, Any]) -> dict[str, Any] | None:
-    """The stored record of an identity, None without one.  An unusable file is named in a warning and ignored."""
-    inherited = SCHEDULE.get()
-    if inherited:
-        try:
-            record = checked(json.loads(inherited))
-        except (ValueError, RecursionError) as error:
-            logger.warning("Gumiho: %s is not a schedule record (%s); it is not used", SCHEDULE.name, error)
-        else:
-            if record["key"] == key:
-                return record
+    """The stored record of an identity, None without one.  An unusable file is named in a warning and ignored.
+
+    One that a parent has left in the environment comes first, but for that of a measurement which failed there: a file
+    that was stored since is better, and whoever failed may try again.
+    """
+    inherited = _inherited(key)
+    failed_in = inherited and inherited.get(FAILED_IN)
+    if inherited and failed_in is None:
+        return inherited
     file = path_of(key)
     try:
         record = checked(json.loads(file.read_bytes()))
         if record["key"] != key:
             raise TuningError("it belongs to another model pair or machine")
+        return record
     except FileNotFoundError:
-        return None
+        pass
     except (OSError, ValueError, RecursionError) as error:
         logger.warning("Gumiho: stored schedule %s is not usable (%s); it is not used", file, error)
+    return None if failed_in == os.getpid() else inherited
+
+
+def leave_to_children(record: dict[str, Any]) -> None:
+    """Put a record into the environment of this process, for those that it starts."""
+    os.environ[SCHEDULE.name] = json.dumps(record)
+
+
+def failed(key: dict[str, Any], most: int, reason: str) -> dict[str, Any]:
+    """The record of a measurement that failed in this process: no speculation.  It is for its children alone."""
+    choice = {"schedule": None, "single": 0, "reason": reason, FAILED_IN: os.getpid()}
+    return {"format": FORMAT, "key": key, "most": most, **choice}
+
+
+def _inherited(key: dict[str, Any]) -> dict[str, Any] | None:
+    written = SCHEDULE.get()
+    if not written:
         return None
-    return record
+    try:
+        record = checked(json.loads(written))
+    except (ValueError, RecursionError) as error:
+        logger.warning("Gumiho: %s is not a schedule record (%s); it is not used", SCHEDULE.name, error)
+        return None
+    return record if record["key"] == key else None
 
 
 def save(record: dict[str, Any]) -> Path:

@@ -49,6 +49,25 @@ def verified_only(base: type[AttentionBackend]) -> type[AttentionBackend]:
     return subclass_attention_backend("VerifiedOnly", base, VerifiedOnlyBuilder)
 
 
+# Their subclasses too.
+_TAKE_KEYS_OF_THEIR_PASS = {"TurboQuantAttentionBackend", "AiterFlashAttentionBackend"}
+
+
+def check_backend(base: Any) -> None:
+    """Raises: DraftModelError for an attention backend that cannot read a cache which was written before its pass."""
+    if base.forward_includes_kv_cache_update:
+        raise DraftModelError(
+            f"attention backend {base.get_name()} writes its KV cache only within a pass, which MoA's attention "
+            "to verified tokens cannot use; choose another with attention_backend in the speculative config"
+        )
+    if not _TAKE_KEYS_OF_THEIR_PASS.isdisjoint(parent.__name__ for parent in base.__mro__):
+        raise DraftModelError(
+            f"attention backend {base.__name__} takes the keys of its own pass, which MoA's attention to verified "
+            "tokens does not have; choose another with attention_backend in the speculative config, or another "
+            "kv_cache_dtype"
+        )
+
+
 class VerifiedAttention(Attention):
     """Reads the cache of verified tokens in a pass, and is written by `write` alone."""
 
@@ -56,11 +75,7 @@ class VerifiedAttention(Attention):
         dtype = torch.get_default_dtype()
         cache_dtype = cache_config.cache_dtype if cache_config is not None else "auto"
         base = get_attn_backend(head_size, dtype, cache_dtype)
-        if base.forward_includes_kv_cache_update:
-            raise DraftModelError(
-                f"attention backend {base.get_name()} writes its KV cache only within a pass, which MoA's attention "
-                "to verified tokens cannot use; choose another with attention_backend in the speculative config"
-            )
+        check_backend(base)
         super().__init__(
             num_heads,
             head_size,
