@@ -15,12 +15,14 @@ from filelock import FileLock
 from schedules import fake_engine, identity, settle, spec_for, stored, target
 from tiny import drafter_tensors, write_released
 from typer.testing import CliRunner
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from vllm_gumiho.cli import app
 from vllm_gumiho.drafters import PER_REQUEST
 from vllm_gumiho.errors import CheckpointError, EngineError, FigureError, StorageError, TuningError
 from vllm_gumiho.request import resolve
-from vllm_gumiho.tuning import auto, storage, tasks, verify
+from vllm_gumiho.request.lengths import SCHEDULE, schedule_problem
+from vllm_gumiho.tuning import auto, measure, storage, tasks, verify
 from vllm_gumiho.tuning.engine import MeasuringEngine
 from vllm_gumiho.tuning.measure import costs_of, engine_settings, record_of
 from vllm_gumiho.tuning.plot import plot_curve
@@ -151,6 +153,33 @@ def test_auto_keeps_what_real_requests_bear_out(checkpoint, cache, monkeypatch, 
     else:
         assert (spec, record["schedule"], record["single"]) == (None, None, 0)
         assert record["withdrawn"] == [[1, 2, 1], [3, 3, 0]]
+
+
+@pytest.mark.parametrize(("mode", "groups"), [
+    (measure.TOGETHER, [[0, 1, 2, 3]]), (measure.ONE, [[0, 1, 2, 3]]), (measure.EACH, [[0], [1], [2], [3]]),
+])  # fmt: skip
+def test_an_engine_is_started_with_every_length_that_it_is_measured_at(monkeypatch, mode, groups):
+    """Kernels are chosen at load for the lengths of a schedule; the longest is drafted at every measured batch size."""
+    started = []
+
+    class Engine:
+        def __init__(self, arguments, limit_s):
+            started.append(arguments.get("speculative_config"))
+            self.started = {"model_runner": "V1"}
+
+        __enter__, __exit__ = lambda self: self, lambda self, *error: None
+
+        def ask(self, do, **given):
+            return {"drafts": 1, "accepted": [1, 1, 1]} if do == "acceptance" else 1.0
+
+    monkeypatch.setattr(measure, "MeasuringEngine", Engine)
+    plan = Plan(max_batch=4, repeats=1)
+    measure.measure({}, {"method": "gumiho"}, 3, plan, mode, lambda line: None)
+    schedules = [config[SCHEDULE] for config in started if config]
+    assert [sorted(length for *_, length in schedule) for schedule in schedules] == groups
+    for schedule, group in zip(schedules, groups, strict=True):
+        assert build_dynamic_sd_schedule_lookup(schedule, 4, 3)[1:] == [group[-1]] * 4
+        assert schedule_problem(schedule, 3) is None
 
 
 def test_drafts_by_request_keep_the_bound_above_what_was_measured():
