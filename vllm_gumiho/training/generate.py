@@ -238,16 +238,23 @@ def known_ids(output: Path, target: str) -> set[str]:
     text = output.read_text()
     whole = text[: text.rfind("\n") + 1]
     rest = text[len(whole) :]
+    ids: set[str] = set()
+    targets = {target}
+
+    def take(line: str) -> None:
+        record = json.loads(line)
+        ids.add(_id_of(record))
+        targets.add(str(record.get("target", target)))
+
     try:
-        lines = [json.loads(line) for _, line in lines_of(whole)]
+        for _, line in lines_of(whole):
+            take(line)
         if rest and not _is_cut_off(rest):
-            lines.append(json.loads(rest))
+            take(rest)
             whole = f"{text}\n"
-        ids = {_id_of(line) for line in lines}
-        others = {str(line.get("target", target)) for line in lines} - {target}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{output}: holds a line that is no answer ({error!r}); give another --output") from error
-    if others:
+    if others := targets - {target}:
         raise DataError(f"{output}: holds answers of {', '.join(sorted(others))}, not {target}; give another --output")
     if whole != text:
         write_text(output, whole)
