@@ -213,7 +213,7 @@ def _check_features(spec: dict[str, Any], parallel: ParallelConfig | None) -> No
     if spec.get(TOKENS) == AUTO and parallel is not None and (servers := _choose_apart(parallel)):
         raise CheckpointError(
             f'{TOKENS} "{AUTO}" is chosen by each server, and {servers} of one group could choose apart and wait for '
-            f"each other for ever; give all of them one number, which vllm-gumiho tune measures"
+            "each other for ever; give all of them one number, which vllm-gumiho tune measures"
         )
     if spec.get("parallel_drafting"):
         raise CheckpointError(
