@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from children import exit_code
 from engines import case, run_engines
 from places import PROCESSES
 from runs import logged as recipe
@@ -22,6 +23,7 @@ from runs import train_rows, write_answers
 
 from vllm_gumiho.checkpoint.tensors import D2T
 from vllm_gumiho.drafters.checkpoints import open_checkpoint
+from vllm_gumiho.engines.server import free_port
 from vllm_gumiho.errors import FigureError, RecipeError
 from vllm_gumiho.training import trainer
 from vllm_gumiho.training.callbacks import TimedCheckpoints
@@ -45,7 +47,8 @@ def start(
     file.write_text(json.dumps(asdict(settings)))
     command = [sys.executable, *launcher, str(script), str(file), *(["resume"] if resume else [])]
     log = (folder / "log").open("a")
-    return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **variables}
+    return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **variables})
 
 
 def history(output: Path) -> list[dict[str, float]]:
@@ -69,8 +72,9 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, tiny_target, data):
     run.wait()
     assert not (killed / "final").exists()
     stopped = last_checkpoint(killed)
-    assert start(tmp_path, recipe(tiny_target, data, killed, **settings), resume=True).wait(timeout=300) == 0
-    assert start(tmp_path, recipe(tiny_target, data, whole, **settings)).wait(timeout=300) == 0
+    for output in (killed, whole):
+        run = start(tmp_path, recipe(tiny_target, data, output, **settings), resume=output == killed)
+        assert exit_code(run, tmp_path / "log") == 0, (tmp_path / "log").read_text()[-3000:]
     expected, seen = loss_curve(whole), loss_curve(killed)
     assert sorted(seen) == sorted(expected) == list(range(1, 13))
     # The same sums in the same order on the same machine: no tolerance.
@@ -82,7 +86,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, tiny_target, data):
 
 
 def test_two_processes_train_one_drafter(tmp_path, tiny_target, data):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713")
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()))
     fsdp = {
         "script": SCRIPT.with_name("fsdp_main.py"),
         "ACCELERATE_USE_FSDP": "true",
@@ -95,7 +99,7 @@ def test_two_processes_train_one_drafter(tmp_path, tiny_target, data):
     def run(name, resume=False, **ways):
         settings = recipe(tiny_target, data, tmp_path / name, steps=4, optimizer="muon-serial", bf16=True)
         process = start(tmp_path, settings, *launcher, resume=resume, **ways)
-        assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
+        assert exit_code(process, tmp_path / "log") == 0, (tmp_path / "log").read_text()[-3000:]
         return settings, loss_curve(tmp_path / name), dict(open_checkpoint(tmp_path / name / "final").tensors())
 
     settings, losses, weights = run("copies")

@@ -191,10 +191,20 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, float]:
         export(tensors, training_model, recipe, made, final)
         write_json(final / "metrics.json", metrics)
         trainer.state.save_to_json(str(final / STATE))
-    # Left to the end of the process, threads of a process group abort it now and then, though all is done.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    _end_process_group(trainer)
     return metrics
+
+
+def _end_process_group(trainer: Trainer) -> None:
+    """Left to the end of the process, the threads of a process group abort it now and then, though all is done.
+
+    DistributedDataParallel goes before its group: as the last to hold it, it keeps Python's lock while it waits for
+    gloo's thread, and that thread may need the lock to let go of its last tensor.
+    """
+    trainer.accelerator.wait_for_everyone()
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
 
 
 def check_rows(recipe: Recipe, read: int, left_out: Counter[str], train: PackedRows, held_out: PackedRows) -> None:

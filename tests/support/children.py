@@ -1,0 +1,28 @@
+"""Processes that tests start, and their end whatever they do."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+
+def exit_code(process: subprocess.Popen, log: Path, limit_s: float = 300) -> int:
+    """Of a process that writes to this log; one that takes longer fails the test by where it and its children stand.
+
+    Started with PYTHONFAULTHANDLER, so that Python writes the stack of each of its threads when it is aborted.
+    """
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        family = psutil.Process(process.pid).children(recursive=True)
+        for member in (*family, process):
+            member.send_signal(signal.SIGABRT)
+        _, alive = psutil.wait_procs(family, 10)
+        for member in (*alive, process):
+            member.kill()
+        process.wait(10)
+    pytest.fail(f"not done after {limit_s:g} s: {log.read_text()[-6000:]}")
