@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 from pathlib import Path
@@ -19,10 +20,10 @@ def exit_code(process: subprocess.Popen, log: Path, limit_s: float = 300) -> int
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
         family = psutil.Process(process.pid).children(recursive=True)
-        for member in (*family, process):
-            member.send_signal(signal.SIGABRT)
-        _, alive = psutil.wait_procs(family, 10)
-        for member in (*alive, process):
-            member.kill()
+        for number in (signal.SIGABRT, signal.SIGKILL):
+            for member in (*family, process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.send_signal(number)
+            _, family = psutil.wait_procs(family, 10)
         process.wait(10)
     pytest.fail(f"not done after {limit_s:g} s: {log.read_text()[-6000:]}")

@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, tiny_target, data):
 
 
 def test_two_processes_train_one_drafter(tmp_path, tiny_target, data):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()))
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
     fsdp = {
         "script": SCRIPT.with_name("fsdp_main.py"),
         "ACCELERATE_USE_FSDP": "true",
@@ -98,7 +98,7 @@ def test_two_processes_train_one_drafter(tmp_path, tiny_target, data):
 
     def run(name, resume=False, **ways):
         settings = recipe(tiny_target, data, tmp_path / name, steps=4, optimizer="muon-serial", bf16=True)
-        process = start(tmp_path, settings, *launcher, resume=resume, **ways)
+        process = start(tmp_path, settings, *launcher, str(free_port()), resume=resume, **ways)
         assert exit_code(process, tmp_path / "log") == 0, (tmp_path / "log").read_text()[-3000:]
         return settings, loss_curve(tmp_path / name), dict(open_checkpoint(tmp_path / name / "final").tensors())
 
