@@ -35,7 +35,7 @@ def test_a_family_that_does_not_end_is_shown_and_ended(tmp_path):
             assert process.poll() is None
             time.sleep(0.05)
         (child,) = psutil.Process(process.pid).children()
-        with pytest.raises(pytest.fail.Exception, match="not done after 0.1 s") as failed:
+        with pytest.raises(pytest.fail.Exception, match=r"not done after 0\.1 s") as failed:
             exit_code(process, log, 0.1)
         assert str(failed.value).count("in stuck") == 2
         assert process.returncode < 0
