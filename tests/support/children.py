@@ -19,11 +19,12 @@ def exit_code(process: subprocess.Popen, log: Path, limit_s: float = 300) -> int
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
-        family = psutil.Process(process.pid).children(recursive=True)
-        for number in (signal.SIGABRT, signal.SIGKILL):
-            for member in (*family, process):
-                with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        # One after the other, so that their stacks do not mix; the parent first, which would end its children.
+        for member in (parent, *parent.children(recursive=True)):
+            for number in (signal.SIGABRT, signal.SIGKILL):
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
                     member.send_signal(number)
-            _, family = psutil.wait_procs(family, 10)
+                    member.wait(5)
         process.wait(10)
     pytest.fail(f"not done after {limit_s:g} s: {log.read_text()[-6000:]}")
